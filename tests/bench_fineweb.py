@@ -1,0 +1,202 @@
+"""How fast is fineweb.py, next to tiktoken alone and next to the usual Pool.imap, and how much memory does it take?
+
+    python tests/bench_fineweb.py                                   # about ten minutes on two cores
+    python tests/bench_fineweb.py --tokens 13000000 --repeats 1     # a minute
+
+Prints a Markdown table. The programs take turns, `repeats` times, and the medians are shown. Each one reads the same text
+once and `copies` times: the difference of the two runs is free of start-up, so tokens/s are those of a long run. CPU
+seconds count all of a program's processes, and are what to look at where other work disturbs the clock.
+"""
+
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also for the spawned and forked children
+from fineweb import EOT, tokenizer  # noqa: E402
+
+CORPUS = ROOT / "../shared/data/corpus"
+
+
+@dataclass
+class Options:
+    tokens: int = 60_000_000  # at least so many in the long run
+    repeats: int = 3  # of everything; medians are shown
+    workers: tuple[int, ...] = (1, 2)
+    program: str = ""  # internal: tiktoken or baseline, run as a process of its own
+    source: str = ""
+    out: str = ""
+
+
+# ---- what is compared
+
+def read_texts(folder):
+    import pyarrow.parquet as pq
+    return [t for p in sorted(Path(folder).glob("*.parquet")) for t in pq.read_table(p, columns=["text"])["text"].to_pylist()]
+
+
+def tiktoken_alone(folder):
+    """One core, texts in memory, ids thrown away: no program that calls encode_ordinary can be faster."""
+    encode, texts = tokenizer().encode_ordinary, read_texts(folder)
+    began, cpu = time.perf_counter(), time.process_time()
+    for text in texts:
+        encode(text)
+    print(json.dumps({"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}))
+
+
+def tokenize_document(document):
+    ids = [EOT]
+    ids.extend(tokenizer().encode_ordinary(document["text"]))
+    ids = np.array(ids)
+    assert (0 <= ids).all() and (ids < 2**16).all()
+    return ids.astype(np.uint16)
+
+
+def baseline(folder, out, workers, shard_size=100_000_000):
+    """The pattern of most tutorials: documents pickled to a pool, an array for each one back."""
+    from datasets import load_dataset
+    documents = load_dataset("parquet", data_files=sorted(map(str, Path(folder).glob("*.parquet"))), split="train", streaming=True)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    buffer, filled, number = np.empty(shard_size, np.uint16), 0, 0
+    with multiprocessing.Pool(workers) as pool:
+        for ids in pool.imap(tokenize_document, documents, chunksize=16):
+            while len(ids):
+                taken = min(len(ids), shard_size - filled)
+                buffer[filled:filled + taken] = ids[:taken]
+                filled, ids = filled + taken, ids[taken:]
+                if filled == shard_size:
+                    np.save(Path(out, f"{number:06d}"), buffer)
+                    filled, number = 0, number + 1
+    np.save(Path(out, f"{number:06d}"), buffer[:filled])
+
+
+# ---- measuring
+
+def peak_memory(pid, peaks):
+    """Adds {pid: peak resident MB} of the process and its children to `peaks`, where there is /proc."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        peaks[pid] = int(status.split("VmHWM:")[1].split()[0]) / 1024
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                    peak_memory(int(child), peaks)
+    except (OSError, IndexError):
+        pass
+
+
+def measure(command):
+    """Wall seconds, CPU seconds with children, and peak MB of the main process and of its largest worker."""
+    began, peaks = time.perf_counter(), {}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"USE_TORCH": "0"})
+    done = threading.Event()
+
+    def watch():
+        while not done.wait(0.05):
+            peak_memory(process.pid, peaks)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    assert status == 0, command
+    main = peaks.pop(process.pid, float("nan"))
+    result = {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime, "main": main, "worker": max(peaks.values(), default=float("nan"))}
+    return result | (json.loads(output) if output.startswith(b"{") else {})
+
+
+def make_source(folder, copies):
+    """`copies` times the corpus, or where there is none, CPython's documentation, in row groups as fine."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    files = sorted(CORPUS.glob("*.parquet"))
+    if not files:
+        from pydoc_data.topics import topics
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        files = [folder.parent / "topics.parquet"]
+        pq.write_table(pa.table({"text": [*topics.values()] * 20}), files[0], row_group_size=100)
+    folder.mkdir(parents=True)
+    for copy in range(copies):
+        for file in files:
+            shutil.copy(file, folder / f"{copy:03d}_{file.name}")
+    return folder
+
+
+def main():
+    options = tyro.cli(Options)
+    if options.program == "tiktoken":
+        return tiktoken_alone(options.source)
+    if options.program == "baseline":
+        return baseline(options.source, options.out, options.workers[0])
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        texts = read_texts(make_source(folder / "once", 1))
+        tokens = sum(1 + len(ids) for ids in tokenizer().encode_ordinary_batch(texts))
+        copies = max(2, -(-options.tokens // tokens))
+        sources = {1: folder / "once", copies: make_source(folder / "often", copies)}
+        this = [sys.executable, __file__]
+
+        def command(name, workers, source):
+            out = folder / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            if name == "fineweb.py":
+                return [sys.executable, str(ROOT / "fineweb.py"), "--source", f"{source}/*.parquet", "--out", str(out), "--workers", str(workers)]
+            name = "baseline" if name == "Pool.imap" else "tiktoken"
+            return [*this, "--program", name, "--source", str(source), "--out", str(out), "--workers", str(workers)]
+        programs = [("tiktoken alone", 1)] + [(name, w) for w in options.workers for name in ("fineweb.py", "Pool.imap")]
+        runs = {(p, n): [] for p in programs for n in sources}
+        for repeat in range(options.repeats):
+            for program in programs:
+                for n, source in sources.items():
+                    print(f"\r{repeat + 1}/{options.repeats} {program} {n}x   ", end="", file=sys.stderr)
+                    runs[program, n].append(measure(command(*program, source)))
+        print(file=sys.stderr)
+
+    def median(program, n, key):
+        return statistics.median(run[key] for run in runs[program, n])
+
+    def slope(program, key):  # of each repeat: seconds for a token after start-up
+        return statistics.median((b[key] - a[key]) / (copies - 1) / tokens for a, b in zip(runs[program, 1], runs[program, copies]))
+    packages = ", ".join(f"{name} {version(name)}" for name in ("tiktoken", "numpy", "pyarrow", "datasets"))
+    print(f"{datetime.date.today()}, {cpu_name()}, {os.cpu_count()} cores (load {os.getloadavg()[1]:.1f}), Python {platform.python_version()}, {packages}; "
+          f"{tokens * copies:,} tokens in {len(texts) * copies:,} documents, medians of {options.repeats}\n")
+    print("| program | workers | tokens/s | of workers × tiktoken | fineweb.py : Pool.imap | CPU s per M tokens | start-up s | main MB, 1× → "
+          f"{copies}× | worker MB, 1× → {copies}× |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    alone = slope(programs[0], "seconds")
+    for name, workers in programs:
+        p = name, workers
+        rate, other = slope(p, "seconds"), slope(("Pool.imap", workers), "seconds") if name == "fineweb.py" else None
+        start = "" if p == programs[0] else f"{median(p, 1, 'seconds') - rate * tokens:.1f}"
+        memory = [f"{median(p, 1, key):.0f} → {median(p, copies, key):.0f}" if workers and p != programs[0] else "" for key in ("main", "worker")]
+        print(f"| {name} | {workers} | {1 / rate:,.0f} | {alone / rate / workers:.2f} | {f'{other / rate:.2f}' if other else ''} | "
+              f"{slope(p, 'cpu') * 1e6:.3f} | {start} | {memory[0]} | {memory[1]} |")
+
+
+def cpu_name():
+    try:
+        return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
