@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 VOCAB_SIZE = 50257
 EOT = 50256  # <|endoftext|>, which opens every document
-SUFFIXES = (".npy", ".bin")  # formats of shards: NumPy's, and llm.c's
+SHARD = re.compile(r"_(train|val)_.*\.(npy|bin)$")  # what a shard is called
 BIN_HEADER = (20240520, 1)  # magic and version of llm.c's .bin shards; then the token count, and 253 zeros, all int32
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # the one that tiktoken pins
 ROW_GROUP = 64 << 20  # bytes; a larger row group of Parquet is not left to one worker
@@ -73,7 +73,7 @@ def tokenizer() -> tiktoken.Encoding:
 
 def list_shards(data_dir: str | Path, split: str) -> list[Path]:
     """The shards of `split`, "train" or "val", in order. UserError if there are none."""
-    paths = sorted(p for p in Path(data_dir).glob(f"*_{split}_*") if p.suffix in SUFFIXES)
+    paths = sorted(p for p in Path(data_dir).glob(f"*_{split}_*") if SHARD.search(p.name))
     if not paths:
         raise UserError(f"No {split} shards in {data_dir}: python fineweb.py --out {data_dir} makes them.")
     return paths
@@ -83,12 +83,14 @@ def open_shard(path: str | Path) -> np.ndarray:
     """A shard's token ids, (n,) uint16, n > 0, as a read-only memory map. UserError if it is not a whole shard."""
     try:
         if Path(path).suffix == ".bin":
-            *header, count = np.fromfile(path, "<i4", 3).tolist()
-            ids = np.memmap(path, "<u2", "r", 1024, (count,)) if tuple(header) == BIN_HEADER else np.empty((0, 0))
+            magic, version, count = np.fromfile(path, "<i4", 3).tolist()
+            if (magic, version) != BIN_HEADER:
+                raise ValueError(f"its header begins with {magic}, {version}")
+            ids = np.memmap(path, "<u2", "r", offset=1024, shape=(count,))
         else:
             ids = np.lib.format.open_memmap(path, mode="r")
         if ids.dtype != np.uint16 or ids.ndim != 1 or not ids.size or os.path.getsize(path) != ids.offset + ids.nbytes:
-            raise ValueError(f"header, type {ids.dtype}, shape {ids.shape} or file size is wrong")
+            raise ValueError(f"{os.path.getsize(path)} bytes, said to be {ids.dtype} of shape {ids.shape}")
         return ids
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole shard of uint16 tokens: {error}.") from error
@@ -100,14 +102,16 @@ def check_manifest(data_dir: str | Path) -> list[dict]:
     Returns the manifests, one for each rank; [] for shards of other programs, which have none.
     """
     manifests = [json.loads(p.read_text()) for p in sorted(Path(data_dir).glob("manifest*.json"))]
-    if manifests and sum(m["complete"] for m in manifests) < manifests[0]["world_size"]:
+    if not manifests:
+        return []
+    if sum(m["complete"] for m in manifests) < manifests[0]["world_size"]:
         raise UserError(f"{data_dir} is unfinished: the fineweb.py command that began it continues it; to use what is "
                         "there, delete the manifest.")
     listed = {s["name"]: s["bytes"] for m in manifests for s in m["shards"]}
-    found = {p.name: p.stat().st_size for p in Path(data_dir).iterdir() if p.suffix in SUFFIXES}
+    found = {p.name: p.stat().st_size for p in Path(data_dir).iterdir() if SHARD.search(p.name)}
     wrong = [f"{name} has {found.get(name, 'no')} bytes, not {listed.get(name, 'any')}"
              for name in sorted(listed | found) if listed.get(name) != found.get(name)]
-    if manifests and wrong:
+    if wrong:
         raise UserError(f"{data_dir} is not as its manifest says: {', '.join(wrong)}.")
     return manifests
 
@@ -204,8 +208,13 @@ def reading(path: str):
 
 @functools.lru_cache(maxsize=1)
 def open_parquet(path: str, column: str):
+    """A ParquetFile, kept open for its next row group. UserError if it lacks the column."""
     from pyarrow.parquet import ParquetFile
-    file = ParquetFile(path)
+    source = path
+    if path.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+        source = HfFileSystem().open(path, cache_type="none")  # the default reads 5 MB ahead: what other workers read
+    file = ParquetFile(source)
     if column not in file.schema_arrow.names:
         raise UserError(f"{path} has no column {column} but {', '.join(file.schema_arrow.names)}: see --text_column.")
     return file
@@ -268,10 +277,10 @@ def tokenize(path: str, column: str, content: int | list) -> tuple[np.ndarray, C
 
 
 def start_worker() -> None:
+    """Lets a worker end when the main process does, kill -9 included."""
     def follow(parent):
         parent.join()
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends us, after kill -9 the thread does
     threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
@@ -281,6 +290,10 @@ def tokenize_all(chunks, workers: int):
         yield from ((position, share, tokenize(*content)) for position, share, content in chunks)
         return
     pool, pending = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker), deque()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the workers inherit: Ctrl-C is for this process alone
+    for _ in range(workers):
+        pool.submit(int)  # starts one
+    signal.signal(signal.SIGINT, handler)
     try:
         for position, share, content in chunks:
             pending.append((position, share, pool.submit(tokenize, *content)))
@@ -307,7 +320,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # the folder, too, so that the name survives a power cut
+        with suppress(OSError):  # where the system can, the folder, too, so that the name survives a power cut
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -349,7 +362,7 @@ def open_manifest(config: Config) -> tuple[dict, list[str]]:
         differ += ["other source files"] * (other["name"] == name and other["files"] != manifest["files"])
         if differ:
             raise UserError(f"{out} was begun with {', '.join(differ)}: choose another --out, or delete it.")
-    if not manifests and any(p.suffix in SUFFIXES for p in out.glob("*")):
+    if not manifests and any(SHARD.search(p.name) for p in out.glob("*")):
         raise UserError(f"{out} has shards but no manifest: choose another --out, or delete it.")
     return manifests.get(name, manifest), files
 

@@ -12,15 +12,18 @@ The official file is downloaded once, to hellaswag/hellaswag_val.jsonl. The last
 of length; standard error of acc_norm, sqrt(p (1 - p) / n). Of equal losses the first one counts.
 
 Two styles, because published numbers come in two kinds:
-                 completion (the default; build-nanogpt, llm.c)     harness (lm-evaluation-harness's task `hellaswag`)
-    context      `ctx`, as it is                                    `activity_label: ctx_a Ctx_b`, cleaned, without trailing space
-    ending       " " + ending, as it is                             " " + ending, cleaned
-    token ids    context and ending encoded each on its own         ending = encode(both together) past the context's ids
-    acc_norm     loss / tokens of the ending                        loss / characters of the cleaned ending, without that space
-    GPT-2 124M   acc 0.2859, acc_norm 0.2955                        acc 0.2892, acc_norm 0.3114
+
+                 completion (the default; build-nanogpt, llm.c)    harness (lm-evaluation-harness's task `hellaswag`)
+    context      `ctx`, as it is                                   `activity_label: ctx_a Ctx_b`, cleaned, no space at its end
+    ending       " " + ending, as it is                            " " + ending, cleaned
+    token ids    context and ending encoded each on its own        ending = encode(both together) past the context's ids
+    acc_norm     loss / tokens of the ending                       loss / characters of the cleaned ending, without that space
+    GPT-2 124M   acc 0.2859, acc_norm 0.2955                       acc 0.2892, acc_norm 0.3114
+
 Cleaning strips white space, makes ". " of WikiHow's " [title]", drops all other [brackets] and halves double spaces; Ctx_b is
-ctx_b.capitalize(). The harness calls its unit bytes, but counts characters (its issue 3278); 199 items have an ending where
-that differs. A file without ctx_a and ctx_b is scored on `ctx`, with a warning: only the capital letter is then missing.
+ctx_b.capitalize(). The harness calls its unit bytes but counts characters (its issue 3278), which differ in about 200 items.
+A file without ctx_a and ctx_b is scored on `ctx`, with a warning: it lacks that capitalization. The last row is as published
+(docstring of build-nanogpt's hellaswag.py); to measure it takes OpenAI's weights, the official file and --dtype float32.
 
 The four endings are scored in one row, context + ending 1 + ... + ending 4, where every ending sees the context and itself
 and takes up the positions right after the context, so that the context is read once. The losses are those of four separate
@@ -77,7 +80,7 @@ def load_items(path=DATA, limit: int | None = None, style: Style = "completion")
     initialised, all processes must call this. UserError, on every process, if it cannot be had or read.
     """
     path, problem = Path(path), None
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not path.exists():
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0 and not path.exists():
         try:
             download(path)
         except UserError as error:
@@ -95,8 +98,8 @@ def load_items(path=DATA, limit: int | None = None, style: Style = "completion")
     records = [check(f"{path}, line {n + 1}", n, line, style) for n, line in enumerate(lines) if line.strip()]
     if not records or (limit is not None and limit < 1):
         raise UserError(f"There is nothing to score: {path} has {len(records)} items, and the limit is {limit}.")
-    if style == "harness" and any("ctx_b" not in record for record in records):
-        warnings.warn(f"{path} has no ctx_a and ctx_b: scores will differ a little from the harness's own.", stacklevel=2)
+    if style == "harness" and not all({"ctx_a", "ctx_b"} <= record.keys() for record in records):
+        warnings.warn(f"{path} lacks ctx_a and ctx_b: scores will differ a little from the harness's own.", stacklevel=2)
     n = min(limit or len(records), len(records))
     return [encode(records[i * len(records) // n], style) for i in range(n)]
 
@@ -121,25 +124,23 @@ def download(path: Path) -> None:
 
 
 def check(where: str, number: int, line: bytes, style: Style) -> dict:
-    """A line of the file as a dictionary, its index filled in. UserError that begins with `where` if it is not as it should be."""
+    """A line of the file as a dictionary, its index filled in. UserError, beginning with `where`, if it is not fit for use."""
     try:
         record = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where} is not JSON: {error}.") from error
-    texts = ["ctx", "activity_label"] if style == "harness" else ["ctx"]
-    missing = {*texts, "endings", "label"} - record.keys() if isinstance(record, dict) else "all"
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(sorted(missing))}." if missing != "all" else f"{where} is not a JSON object.")
-    for key in texts:
-        if not isinstance(record[key], str) or not record[key].strip():
-            raise UserError(f"{where}: {key} must be a text that is not empty.")
-    endings = record["endings"]
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not a JSON object.")
+    endings, label = record.get("endings"), record.get("label")
+    for key in ("ctx", "activity_label") if style == "harness" else ("ctx",):
+        if not isinstance(record.get(key), str) or not record[key].strip():
+            raise UserError(f"{where}: {key} is missing, or no text, or empty.")
     if not isinstance(endings, list) or len(endings) != 4:
-        raise UserError(f"{where}: there must be four endings.")
+        raise UserError(f"{where}: endings is missing or does not hold four.")
     if not all(isinstance(e, str) and (clean(e) if style == "harness" else e).strip() for e in endings):
-        raise UserError(f"{where}: every ending must be a text that is not empty.")
-    if type(record["label"]) is not int or not 0 <= record["label"] <= 3:  # type(): True is an int too
-        raise UserError(f"{where}: label must be 0, 1, 2 or 3, not {record['label']!r}.")
+        raise UserError(f"{where}: an ending is no text, or empty.")
+    if type(label) is not int or not 0 <= label <= 3:  # type(): True is an int too
+        raise UserError(f"{where}: label is missing or not one of 0, 1, 2 and 3.")
     return {"ind": number} | record
 
 
@@ -160,7 +161,7 @@ def encode(record: dict, style: Style) -> Item:
         lengths = [len(ending) for ending in endings]
     else:
         choices = [clean(ending) for ending in record["endings"]]
-        ctx = f"{record['ctx_a']} {record['ctx_b'].capitalize()}" if "ctx_b" in record else record["ctx"]
+        ctx = f"{record['ctx_a']} {record['ctx_b'].capitalize()}" if {"ctx_a", "ctx_b"} <= record.keys() else record["ctx"]
         query = clean(f"{record['activity_label']}: {ctx}")
         context = ids(query.rstrip())  # GPT-2's words begin with their space, so a trailing one belongs to the ending
         endings = [ids(f"{query} {choice}")[len(context) :] for choice in choices]
@@ -183,11 +184,8 @@ class Row:
 def pack(number: int, item: Item, block_size: int):
     """
     Yield the item's row; or rows, of fewer endings each, where a model's context is too small for all of them side by side.
-    A context that does not leave room for the longest ending loses its beginning. UserError if nothing would be left of it.
+    A context that does not leave room for the longest ending loses its beginning.
     """
-    longest = max(map(len, item.endings))
-    if longest > block_size:
-        raise UserError(f"Item {item.index} has an ending of {longest} tokens, more than the model's context of {block_size}.")
     context = item.context[-context_room(item, block_size) :]
     n, row = len(context), None
     for slot, ending in enumerate(item.endings, start=4 * number):
@@ -206,11 +204,14 @@ def pack(number: int, item: Item, block_size: int):
 
 
 def context_room(item: Item, block_size: int) -> int:
-    """How many tokens of context fit before the longest ending but for its last token."""
-    return block_size + 1 - max(map(len, item.endings))
+    """How many tokens of context fit before the longest ending, whose last token is not read. UserError if none does."""
+    longest = max(map(len, item.endings))
+    if longest > block_size:
+        raise UserError(f"Item {item.index} has an ending of {longest} tokens, more than the model's context of {block_size}.")
+    return block_size + 1 - longest
 
 
-def batches(rows: list[Row], token_budget: int, fixed: bool):
+def batches(rows: list[Row], block_size: int, token_budget: int, fixed: bool):
     """
     Yield (rows, B, T, S): neighbours by length, longest first, so that padding is small and memory runs out at once or never.
     `fixed` is for torch.compile: at most MAX_SHAPES different (B, T, S), the last batch of each filled with empty rows.
@@ -218,7 +219,7 @@ def batches(rows: list[Row], token_budget: int, fixed: bool):
     rows = sorted(rows, key=lambda row: len(row.grid[0]), reverse=True)
     smallest = math.ceil(len(rows) / MAX_SHAPES) if fixed else 1
     while rows:
-        T = math.ceil(len(rows[0].grid[0]) / 8) * 8  # CUDA's attention kernels read masks of aligned rows
+        T = min(math.ceil(len(rows[0].grid[0]) / 8) * 8, block_size)  # CUDA's attention kernels want masks of aligned rows
         B = max(1, token_budget // T)
         size = math.ceil(smallest / B) * B  # rows that share this shape
         group, rows = rows[:size], rows[size:]
@@ -238,9 +239,9 @@ def token_losses(model, grid, scored):
     where in the flattened B * T a token is predicted, and which. Returns (S,) float32. This is what is compiled.
     """
     idx, positions, segments = grid
-    T = idx.size(1)
+    column = torch.arange(idx.size(1), device=idx.device)
     query, key = segments[:, :, None], segments[:, None, :]
-    mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril() & ((key == 0) | (key == query))  # (B, T, T)
+    mask = (column[:, None] >= column) & ((key == 0) | (key == query))  # (B, T, T): back to itself and to the context
     hidden = model.transformer(idx, position_ids=positions, attention_mask=mask[:, None])
     hidden = hidden if torch.is_tensor(hidden) else hidden[0]  # Hugging Face's GPT2Model returns an output object
     hidden = hidden.flatten(0, 1)[scored[0]]  # (S, C)
@@ -267,8 +268,9 @@ def score(model, items: list[Item], device, compile=False, token_budget: int | N
     if getattr(model.config, "_attn_implementation", "sdpa") != "sdpa":  # the others add a boolean mask, or ignore it
         raise ValueError("load the model with attn_implementation='sdpa'")
     device = torch.device(device)
-    rows = [row for i, item in enumerate(items) for row in pack(i, item, context_size(model))]
-    token_budget = token_budget or (32768 if device.type == "cuda" else 2048)
+    block_size = context_size(model)
+    rows = [row for i, item in enumerate(items) for row in pack(i, item, block_size)]
+    token_budget = token_budget or (32768 if device.type == "cuda" else 1024)
     losses_of = compiled_token_losses() if compile else token_losses
     sums = torch.zeros(4 * len(items), dtype=torch.float64)
     finished = torch.zeros(4 * len(items), dtype=torch.bool)
@@ -276,7 +278,7 @@ def score(model, items: list[Item], device, compile=False, token_budget: int | N
     model.eval()
     try:
         with tqdm(total=len(items), unit="item", disable=not progress) as bar:
-            for part, B, T, S in batches(rows, token_budget, fixed=compile):
+            for part, B, T, S in batches(rows, block_size, token_budget, fixed=compile):
                 grid = np.zeros((3, B, T), np.int64)  # zeros are a context that nothing looks at, and see themselves: no NaN
                 scored = np.zeros((2, S), np.int64)
                 for i, row in enumerate(part):
@@ -288,8 +290,8 @@ def score(model, items: list[Item], device, compile=False, token_budget: int | N
                 # Summed here, in float64 and in order, because CUDA's sums by index are not reproducible.
                 sums.index_add_(0, slots, losses[: len(slots)].cpu().double())
                 finished[slots] = True
-                if progress:
-                    done = finished.view(-1, 4).all(1)
+                done = finished.view(-1, 4).all(1)
+                if progress and done.any():
                     right = picks(items, sums.view(-1, 4))[1] == torch.tensor([item.label for item in items])
                     bar.set_postfix(acc_norm=f"{right[done].double().mean():.4f}", refresh=False)
                     bar.update(int(done.sum()) - bar.n)
@@ -324,8 +326,9 @@ class Result:
 def evaluate(model, items, device, rank=0, world_size=1, compile=False, token_budget=None, progress=False) -> Result:
     """
     Accuracy on all items, each process scoring every world_size-th one; every process gets the whole result. The arguments
-    are those of `score`; all processes must call this with the same items.
+    are those of `score`; all processes must call this with the same items. UserError if an ending alone exceeds the context.
     """
+    truncated = sum(len(item.context) > context_room(item, context_size(model)) for item in items)  # all raise, or none
     losses = torch.zeros(len(items), 4, dtype=torch.float64)
     losses[rank::world_size] = score(model, items[rank::world_size], device, compile, token_budget, progress and rank == 0)
     if world_size > 1:  # the others' rows are zeros, so the sum is the whole table, exactly
@@ -334,7 +337,6 @@ def evaluate(model, items, device, rank=0, world_size=1, compile=False, token_bu
         losses = losses.cpu()
     labels = torch.tensor([item.label for item in items])
     acc, acc_norm = ((pick == labels).double().mean().item() for pick in picks(items, losses))
-    truncated = sum(len(item.context) > context_room(item, context_size(model)) for item in items)
     return Result(acc, acc_norm, len(items), truncated, losses)
 
 
@@ -344,11 +346,12 @@ def evaluate(model, items, device, rank=0, world_size=1, compile=False, token_bu
 
 def save_records(path: Path, items: list[Item], losses: torch.Tensor) -> None:
     """One JSON object a line: index, label, losses (4, nats), lengths (4), pick, pick_norm. The file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w") as file:
         for item, summed, pick, pick_norm in zip(items, losses.tolist(), *(p.tolist() for p in picks(items, losses))):
-            record = dict(index=item.index, label=item.label, losses=summed, lengths=item.lengths, pick=pick, pick_norm=pick_norm)
-            file.write(json.dumps(record) + "\n")
+            record = dict(index=item.index, label=item.label, losses=summed, lengths=item.lengths)
+            file.write(json.dumps(record | dict(pick=pick, pick_norm=pick_norm)) + "\n")
     partial.replace(path)
 
 
@@ -393,7 +396,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of matrix products; float32 for published numbers
     compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; on by itself where CUDA is
-    token_budget: int | None = None  # tokens a batch; 32768 on CUDA and 2048 elsewhere unless given
+    token_budget: int | None = None  # tokens a batch; 32768 on CUDA and 1024 elsewhere unless given
 
 
 def run(config: Config) -> None:

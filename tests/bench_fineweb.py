@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))  # also for the spawned and forked children
 from fineweb import EOT, tokenizer  # noqa: E402
 
 CORPUS = ROOT / "../shared/data/corpus"
+SHARD_SIZE = 3_000_000  # small enough that the short run, too, fills the buffer: else memory would seem to grow
 
 
 @dataclass
@@ -68,10 +69,11 @@ def tokenize_document(document):
     return ids.astype(np.uint16)
 
 
-def baseline(folder, out, workers, shard_size=100_000_000):
+def baseline(folder, out, workers, shard_size=SHARD_SIZE):
     """The pattern of most tutorials: documents pickled to a pool, an array for each one back."""
     from datasets import load_dataset
-    documents = load_dataset("parquet", data_files=sorted(map(str, Path(folder).glob("*.parquet"))), split="train", streaming=True)
+    files = sorted(map(str, Path(folder).glob("*.parquet")))
+    documents = load_dataset("parquet", data_files=files, split="train", streaming=True)
     Path(out).mkdir(parents=True, exist_ok=True)
     buffer, filled, number = np.empty(shard_size, np.uint16), 0, 0
     with multiprocessing.Pool(workers) as pool:
@@ -118,8 +120,9 @@ def measure(command):
     done.set()
     watcher.join()
     assert status == 0, command
-    main = peaks.pop(process.pid, float("nan"))
-    result = {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime, "main": main, "worker": max(peaks.values(), default=float("nan"))}
+    unknown = float("nan")
+    result = {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime,
+              "main": peaks.pop(process.pid, unknown), "worker": max(peaks.values(), default=unknown)}
     return result | (json.loads(output) if output.startswith(b"{") else {})
 
 
@@ -152,15 +155,15 @@ def main():
         tokens = sum(1 + len(ids) for ids in tokenizer().encode_ordinary_batch(texts))
         copies = max(2, -(-options.tokens // tokens))
         sources = {1: folder / "once", copies: make_source(folder / "often", copies)}
-        this = [sys.executable, __file__]
 
         def command(name, workers, source):
             out = folder / "out"
             shutil.rmtree(out, ignore_errors=True)
             if name == "fineweb.py":
-                return [sys.executable, str(ROOT / "fineweb.py"), "--source", f"{source}/*.parquet", "--out", str(out), "--workers", str(workers)]
-            name = "baseline" if name == "Pool.imap" else "tiktoken"
-            return [*this, "--program", name, "--source", str(source), "--out", str(out), "--workers", str(workers)]
+                start = [sys.executable, ROOT / "fineweb.py", "--shard_size", SHARD_SIZE]
+            else:
+                start = [sys.executable, __file__, "--program", "baseline" if name == "Pool.imap" else "tiktoken"]
+            return [*map(str, start), "--source", str(source), "--out", str(out), "--workers", str(workers)]
         programs = [("tiktoken alone", 1)] + [(name, w) for w in options.workers for name in ("fineweb.py", "Pool.imap")]
         runs = {(p, n): [] for p in programs for n in sources}
         for repeat in range(options.repeats):
@@ -173,27 +176,34 @@ def main():
     def median(program, n, key):
         return statistics.median(run[key] for run in runs[program, n])
 
-    def slope(program, key):  # of each repeat: seconds for a token after start-up
-        return statistics.median((b[key] - a[key]) / (copies - 1) / tokens for a, b in zip(runs[program, 1], runs[program, copies]))
+    def slope(program, key):  # seconds for a token, after start-up
+        pairs = zip(runs[program, 1], runs[program, copies])
+        return statistics.median((long[key] - short[key]) / (copies - 1) / tokens for short, long in pairs)
+
     packages = ", ".join(f"{name} {version(name)}" for name in ("tiktoken", "numpy", "pyarrow", "datasets"))
-    print(f"{datetime.date.today()}, {cpu_name()}, {os.cpu_count()} cores (load {os.getloadavg()[1]:.1f}), Python {platform.python_version()}, {packages}; "
-          f"{tokens * copies:,} tokens in {len(texts) * copies:,} documents, medians of {options.repeats}\n")
-    print("| program | workers | tokens/s | of workers × tiktoken | fineweb.py : Pool.imap | CPU s per M tokens | start-up s | main MB, 1× → "
-          f"{copies}× | worker MB, 1× → {copies}× |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    alone = slope(programs[0], "seconds")
-    for name, workers in programs:
-        p = name, workers
-        rate, other = slope(p, "seconds"), slope(("Pool.imap", workers), "seconds") if name == "fineweb.py" else None
-        start = "" if p == programs[0] else f"{median(p, 1, 'seconds') - rate * tokens:.1f}"
-        memory = [f"{median(p, 1, key):.0f} → {median(p, copies, key):.0f}" if workers and p != programs[0] else "" for key in ("main", "worker")]
-        print(f"| {name} | {workers} | {1 / rate:,.0f} | {alone / rate / workers:.2f} | {f'{other / rate:.2f}' if other else ''} | "
-              f"{slope(p, 'cpu') * 1e6:.3f} | {start} | {memory[0]} | {memory[1]} |")
+    print(f"{datetime.date.today()}, {cpu_name()}, {os.cpu_count()} cores with a load of {os.getloadavg()[2]:.1f}, Python "
+          f"{platform.python_version()}, {packages}; {tokens * copies:,} tokens in {len(texts) * copies:,} documents, medians "
+          f"of {options.repeats}.\n")
+    print("| program | workers | tokens/s | ÷ (workers × tiktoken) | ÷ Pool.imap | CPU s per M tokens | ÷ tiktoken | start-up s "
+          f"| main MB, 1× → {copies}× | worker MB, 1× → {copies}× |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    alone = slope(programs[0], "seconds"), slope(programs[0], "cpu")
+    for program in programs:
+        name, workers = program
+        seconds, cpu = slope(program, "seconds"), slope(program, "cpu")
+        against = f"{slope(('Pool.imap', workers), 'seconds') / seconds:.2f}" if name == "fineweb.py" else ""
+        others = ["", "", ""]
+        if program != programs[0]:
+            others[0] = f"{median(program, 1, 'seconds') - seconds * tokens:.1f}"
+            others[1:] = [f"{median(program, 1, key):.0f} → {median(program, copies, key):.0f}" for key in ("main", "worker")]
+        print(f"| {name} | {workers} | {1 / seconds:,.0f} | {alone[0] / seconds / workers:.2f} | {against} | {cpu * 1e6:.3f} | "
+              f"{cpu / alone[1]:.2f} | {' | '.join(others)} |")
 
 
 def cpu_name():
     try:
-        return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 

@@ -1,0 +1,562 @@
+"""HellaSwag: losses against hand-worked and float64 references, every shape of batch, every bad input, the command line."""
+
+import http.server
+import json
+import math
+import re
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_hellaswag import plain_loop
+from conftest import SHARED, run
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hellaswag
+from fineweb import UserError, tokenizer
+from hellaswag import MAX_SHAPES, Item, batches, evaluate, load_items, pack, picks, score
+from train_gpt2 import GPT, GPTConfig
+
+REAL = SHARED / "hellaswag/hellaswag_val.jsonl"
+N = 201  # items; odd, so that two processes cannot share them evenly
+V = 5003  # token ids are folded to this many for speed, where the tokenizer is not what is tested; more than VOCAB_SLICE
+
+
+def made_records(n, seed=0):
+    """Records like HellaSwag's, of made words, of very different lengths."""
+    rng = np.random.default_rng(seed)
+    words = "a cat the dog under runs then quickly Paris jumps, and over 7 boxes of café noodles it is".split()
+
+    def text(longest):
+        return " ".join(rng.choice(words, rng.integers(1, longest)))
+
+    return [
+        dict(
+            ind=3 * i,
+            activity_label=text(4),
+            ctx=text(60),
+            endings=[text(30) + "." for _ in range(4)],
+            label=int(rng.integers(4)),
+        )
+        for i in range(n)
+    ]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def sharp(block_size=1024, vocab_size=V):
+    """A random model whose losses depend strongly on every token seen and on its position: a wrong mask cannot hide."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    return model
+
+
+@torch.no_grad()
+def reference(model, items, context=10**9):
+    """The definition, in float64: every ending by itself behind its context's last tokens, one after the other."""
+    model, table = model.double(), []
+    for item in items:
+        for ending in item.endings:
+            ids = item.context[-context:] + ending
+            hidden = model.transformer(torch.tensor([ids[:-1]]))[0, -len(ending) :]
+            logp = F.log_softmax(model.lm_head(hidden), dim=-1)
+            table.append(-sum(logp[i, token] for i, token in enumerate(ending)))
+    model.float()
+    return torch.stack(table).view(-1, 4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of N items, the real ones where they are at hand."""
+    path = tmp_path_factory.mktemp("items") / "items.jsonl"
+    if not REAL.exists():
+        return write(path, made_records(N))
+    lines = REAL.read_text().splitlines()
+    return write(path, [json.loads(lines[i * len(lines) // N]) for i in range(N)])
+
+
+@pytest.fixture(scope="module")
+def items(data):
+    def fold(ids):
+        return [token % V for token in ids]
+
+    return [Item(i.index, i.label, fold(i.context), [fold(e) for e in i.endings], i.lengths) for i in load_items(data)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sharp()
+
+
+@pytest.fixture(scope="module")
+def expected(model, items):
+    return reference(model, items)
+
+
+def agree(items, losses, expected):
+    assert (losses - expected).abs().max() < 1e-3
+    assert all(torch.equal(a, b) for a, b in zip(picks(items, losses), picks(items, expected)))
+
+
+# -- scores
+
+
+class Bigram:
+    """A model that one can work out by hand: the next token depends on the last one only. probs: (V, V), a row a token."""
+
+    def __init__(self, probs):
+        self.config, self.training = SimpleNamespace(block_size=16), True
+        self.lm_head = SimpleNamespace(weight=torch.tensor(probs).log().t())
+        self.transformer = lambda idx, **_: F.one_hot(idx, len(probs)).float()
+
+    def eval(self):
+        self.training = False
+
+    def train(self, mode):
+        self.training = mode
+
+
+def test_hand_worked_table():
+    model = Bigram([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8], [1 / 4, 1 / 4, 1 / 2]])  # after 0, 1, 2
+    items = [
+        # from 0:             1/2   1/4 · 3/4 = 3/16   1/4 · 1/2 · 1/2 = 1/16   1/4 · 3/4 · 3/4 · 3/4 = 27/256
+        Item(0, 3, [2, 0], [[0], [1, 1], [2, 2, 2], [1, 1, 1, 1]], [1, 2, 3, 4]),
+        # from 1:        1/8 · 1/4 = 1/32   1/8 · 1/2 = 1/16   the same, so not picked   1/8 · 1/4 = 1/32
+        Item(1, 1, [0, 2, 1], [[2, 0], [0, 0], [2, 2], [0, 1]], [2, 2, 2, 2]),
+    ]
+    by_hand = [[1 / 2, 3 / 16, 1 / 16, 27 / 256], [1 / 32, 1 / 16, 1 / 16, 1 / 32]]
+    result = evaluate(model, items, "cpu")
+    torch.testing.assert_close(result.losses, -torch.tensor(by_hand, dtype=torch.float64).log(), rtol=1e-6, atol=0)
+    # Item 0: ending 0 is likeliest, but its token costs ln 2 = 0.69, those of ending 3 ln(256/27)/4 = 0.56. Item 1: a tie.
+    assert [p.tolist() for p in picks(items, result.losses)] == [[0, 1], [3, 1]]
+    assert (result.acc, result.acc_norm, result.n, result.truncated) == (0.5, 1.0, 2, 0)
+    assert str(result) == "2 acc: 0.5000 acc_norm: 1.0000 ± 0.0000" and model.training
+
+
+def test_standard_error_and_last_line():
+    assert str(hellaswag.Result(0.2859, 0.2955, 10042, 0, torch.zeros(0, 4))) == "10042 acc: 0.2859 acc_norm: 0.2955 ± 0.0046"
+
+
+def test_reference_depends_on_context_and_order(model, items, expected):
+    """Else the tests below would prove nothing: drop or swap something, and the losses change by far more than 1e-3."""
+    for change in (lambda ids: ids[1:], lambda ids: ids[::-1]):
+        changed = [Item(i.index, i.label, change(i.context) or [0], i.endings, i.lengths) for i in items[:5]]
+        assert (reference(model, changed) - expected[:5]).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("token_budget", [1, 500, 4096, 10**6])
+def test_equals_float64_reference_at_any_budget(model, items, expected, token_budget):
+    agree(items, score(model, items, "cpu", token_budget=token_budget), expected)
+
+
+def test_equals_plain_loop(model, items):
+    agree(items[:40], score(model, items[:40], "cpu"), plain_loop(model, items[:40]).double())
+
+
+def test_fixed_shapes_change_nothing_and_are_few(model, items, expected, monkeypatch):
+    shapes = set()
+
+    def recording(model, grid, scored):
+        shapes.add((*grid.shape, *scored.shape))
+        return hellaswag.token_losses(model, grid, scored)
+
+    monkeypatch.setattr(hellaswag, "compiled_token_losses", lambda: recording)
+    for token_budget in (300, 5000):
+        shapes.clear()
+        agree(items, score(model, items, "cpu", compile=True, token_budget=token_budget), expected)
+        assert 1 < len(shapes) <= MAX_SHAPES
+
+
+def test_batches_hold_every_row_once_in_few_shapes():
+    rng = np.random.default_rng(0)
+    for n in (1, 7, 8, 9, 1000):
+        items = [
+            Item(i, 0, [1] * rng.integers(1, 99), [[2] * rng.integers(1, 60) for _ in range(4)], [1] * 4) for i in range(n)
+        ]
+        rows = [row for i, item in enumerate(items) for row in pack(i, item, 1024)]
+        for fixed in (False, True):
+            for budget in (1, 2048, 32768):
+                plan = list(batches(rows, 1024, budget, fixed))
+                assert sorted(row.slots[0] for part, *_ in plan for row in part) == [4 * i for i in range(n)]
+                assert all(len(part) <= B and max(len(row.grid[0]) for row in part) <= T for part, B, T, _ in plan)
+                assert all(B == 1 or B * T <= budget for _, B, T, _ in plan)
+                assert not fixed or len({entry[1:] for entry in plan}) <= MAX_SHAPES
+
+
+def test_compiled_gives_the_same_in_as_many_graphs_as_shapes(model, items, expected, monkeypatch):
+    """The real compiler for a few items of one shape, and, because it is slow, only its front end for all shapes."""
+    torch._dynamo.reset()
+    agree(items[:6], score(model, items[:6], "cpu", compile=True, token_budget=10**4), expected[:6])
+    torch._dynamo.reset()
+    front_end = torch.compile(hellaswag.token_losses, dynamic=False, backend="eager", fullgraph=True)
+    monkeypatch.setattr(hellaswag, "compiled_token_losses", lambda: front_end)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for _ in range(2):  # the second time compiles nothing
+        agree(items, score(model, items, "cpu", compile=True, token_budget=1000), expected)
+        assert counters["stats"]["unique_graphs"] == MAX_SHAPES
+
+
+def test_hugging_face_and_ours_score_the_same(items, tmp_path):
+    shape = dict(vocab_size=V, n_layer=2, n_head=2, n_embd=32, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)  # must be off
+    torch.manual_seed(1)
+    theirs = GPT2LMHeadModel(GPT2Config(**shape)).train()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path)
+    ours, some = GPT.from_pretrained(tmp_path), items[::10]
+    a, b = score(ours, some, "cpu"), score(theirs, some, "cpu")
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    agree(some, b, reference(ours, some))
+    assert theirs.training and theirs.transformer.drop.training
+    theirs.set_attn_implementation("eager")  # would add True to the scores as 1.0
+    with pytest.raises(ValueError, match="sdpa"):
+        score(theirs, some, "cpu")
+
+
+def test_padding_rows_of_the_vocabulary_count_as_the_model_has_them(items):
+    model = sharp(vocab_size=V + 45)
+    agree(items[:10], score(model, items[:10], "cpu"), reference(model, items[:10]))
+
+
+def test_autocast_stays_close(model, items, expected):
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = score(model, items, "cpu")
+    assert 0 < (losses - expected).abs().max() < 0.05 * expected.max() and losses.dtype == torch.float64
+
+
+@pytest.mark.parametrize("block_size", [16, 60, 150])
+def test_small_context_splits_rows_and_cuts_contexts_on_the_left(block_size, items):
+    model = sharp(block_size)
+    items = [item for item in items if max(map(len, item.endings)) <= block_size][:30]
+    result = evaluate(model, items, "cpu")
+    assert all(
+        len(row.grid[0]) <= block_size and max(row.grid[1]) < block_size
+        for i, x in enumerate(items)
+        for row in pack(i, x, block_size)
+    )
+    for item, losses in zip(items, result.losses):
+        room = block_size - max(len(ending) - 1 for ending in item.endings)  # the last token of an ending is not read
+        agree([item], losses[None], reference(model, [item], room))
+    assert result.truncated == sum(len(x.context) + max(map(len, x.endings)) - 1 > block_size for x in items)
+    assert (result.truncated > 0) == (block_size < 150)
+
+
+def test_ending_longer_than_the_context():
+    with pytest.raises(UserError, match=r"Item 7 .* 9 tokens.* 8"):
+        score(sharp(8), [Item(7, 0, [1], [[1] * 9, [1], [1], [1]], [1] * 4)], "cpu")
+
+
+def test_scoring_leaves_training_alone(items):
+    def losses(scored):
+        model = sharp().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        torch.manual_seed(5)
+        for step in range(3):
+            if scored:
+                state, grads = torch.get_rng_state(), [p.grad for p in model.parameters()]
+                evaluate(model, items[:9], "cpu", token_budget=700)
+                assert torch.equal(torch.get_rng_state(), state) and model.training
+                assert all(a is b for a, b in zip(grads, (p.grad for p in model.parameters())))
+            loss = model(torch.randint(V, (2, 20)), torch.randint(V, (2, 20)))[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    assert list(losses(True)) == list(losses(False))
+    model = sharp().eval()
+    score(model, items[:2], "cpu")
+    assert not model.training
+
+
+def test_no_items_is_an_empty_table(model):
+    assert score(model, [], "cpu").shape == (0, 4)  # a process may have no share
+
+
+# -- data
+
+
+GOOD = dict(ind=5, activity_label="A", ctx="The cat", endings=["a", "b", "c", "d"], label=2)
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("{", "line 2 is not JSON"),
+        (b"\xff\xfe", "line 2 is not JSON"),
+        ("[1]", "line 2 is not a JSON object"),
+        *[
+            (json.dumps({k: v for k, v in GOOD.items() if k != key}), f"line 2: {key} is missing")
+            for key in ("ctx", "endings", "label")
+        ],
+        *[(json.dumps(GOOD | dict(label=label)), "line 2: label") for label in (-1, 4, 1.0, "2", True, None)],
+        *[
+            (json.dumps(GOOD | dict(endings=endings)), "line 2: endings is missing or")
+            for endings in (["a"] * 3, ["a"] * 5, "abcd", None)
+        ],
+        *[(json.dumps(GOOD | dict(endings=["a", "b", "c", d])), "line 2: an ending") for d in ("", " \n", None, 4)],
+        *[(json.dumps(GOOD | dict(ctx=ctx)), "line 2: ctx") for ctx in ("", "  ", 3)],
+    ],
+)
+def test_bad_line(tmp_path, line, complaint):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(UserError, match=complaint) as caught:
+        load_items(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_file(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    for path, limit, complaint in (
+        (empty, None, "nothing to score"),
+        (tmp_path, None, "cannot be read"),
+        (tmp_path / "misspelt.jsonl", None, "no such file"),
+        (write(tmp_path / "good.jsonl", [GOOD]), 0, "nothing to score"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            load_items(path, limit)
+
+
+def test_harness_needs_and_checks_what_it_uses(tmp_path):
+    for change, complaint in (
+        (dict(activity_label=3), "activity_label"),
+        (dict(endings=["a", "b", "c", "[step] "]), "an ending"),
+    ):
+        load_items(write(tmp_path / "bad.jsonl", [GOOD | change]))  # fine for the other style
+        with pytest.raises(UserError, match=complaint):
+            load_items(tmp_path / "bad.jsonl", style="harness")
+
+
+def test_completion_style(tmp_path):
+    ids = tokenizer().encode_ordinary
+    record = GOOD | dict(ctx="The cat [title] sat ", endings=["on  it.", "<|endoftext|>", "é", "far away"])
+    (item,) = load_items(write(tmp_path / "one.jsonl", [record]))
+    assert (item.index, item.label, item.context) == (5, 2, ids("The cat [title] sat "))
+    assert item.endings == [ids(" on  it."), ids(" <|endoftext|>"), ids(" é"), ids(" far away")]
+    assert item.lengths == [len(ending) for ending in item.endings] and 50256 not in item.endings[1]
+
+
+def test_harness_style(tmp_path):
+    ids = tokenizer().encode_ordinary
+    record = dict(
+        ind=1, label=0, activity_label="Baking", ctx="not used", ctx_a="[header] How to bake [title] Mix it.", ctx_b="the DOUGH  rises [step]",
+        endings=[" Stir [substeps] it. ", "[step] Wait", "a  b   c", "café"],
+    )  # fmt: skip
+    (item,) = load_items(write(tmp_path / "one.jsonl", [record]), style="harness")
+    # "[header] " and "[step]" go, " [title]" becomes ". ", double spaces become one, and the rest of ctx_b becomes lower case
+    assert tokenizer().decode(item.context) == "Baking: How to bake. Mix it. The dough rises"
+    # The first of the two spaces was the context's last.
+    assert item.endings == [ids("  Stir it."), ids("   Wait"), ids("  a b  c"), ids("  café")]
+    assert item.lengths == [len("Stir it."), len(" Wait"), len("a b  c"), len("café")]
+
+    plain = GOOD | dict(ctx="The cat", endings=["sat", "ran", "é", "[x] y"])
+    with pytest.warns(UserWarning, match="lacks ctx_a and ctx_b"):
+        (item,) = load_items(write(tmp_path / "two.jsonl", [plain]), style="harness")
+    assert item.context == ids("A: The cat") and item.endings[0] == ids(" sat") and item.lengths == [3, 3, 1, 2]
+
+
+def test_limit_is_spread_over_the_file(tmp_path):
+    path = write(tmp_path / "ten.jsonl", [GOOD | dict(ind=i) for i in range(10)])
+    assert [item.index for item in load_items(path, 4)] == [0, 2, 5, 7]
+    assert len(load_items(path, 10)) == len(load_items(path, 99)) == len(load_items(path)) == 10
+
+
+def test_index_is_the_line_where_the_file_has_none(tmp_path):
+    path = write(tmp_path / "two.jsonl", [{k: v for k, v in GOOD.items() if k != "ind"}] * 2)
+    assert [item.index for item in load_items(path)] == [0, 1]
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real items are not on this machine")
+def test_real_file_loads_whole_and_fits_any_gpt2():
+    items = load_items(REAL)
+    assert len(items) == hellaswag.N_ITEMS
+    rows = [row for i, item in enumerate(items) for row in pack(i, item, 1024)]
+    assert len(rows) == len(items)  # one row an item, nothing cut
+    assert sum(len(row.targets) for row in rows) == sum(len(ending) for item in items for ending in item.endings)
+
+
+# -- download
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A local stand-in for the official address; .body and .length say what it answers, .hits counts."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.hits += 1
+            self.send_response(200 if server.body else 404)
+            self.send_header("Content-Length", str(server.length or len(server.body)))
+            self.end_headers()
+            self.wfile.write(server.body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.body, server.length, server.hits = (json.dumps(GOOD) + "\n").encode() * hellaswag.N_ITEMS, None, 0
+    server.url = f"http://127.0.0.1:{server.server_port}/hellaswag_val.jsonl"
+    monkeypatch.setattr(hellaswag, "URL", server.url)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_download_once_and_whole(server, tmp_path):
+    path = tmp_path / "new/hellaswag_val.jsonl"
+    assert len(load_items(path, 3)) == 3 and path.read_bytes() == server.body
+    load_items(path, 3)
+    assert server.hits == 1 and list(path.parent.iterdir()) == [path]
+
+
+def test_download_that_went_wrong_leaves_nothing(server, tmp_path):
+    whole = server.body
+    for server.body, server.length in (
+        (whole, len(whole) + 1),
+        (whole[: len(whole) // 2], None),
+        (b"<html>", None),
+        (b"", None),
+    ):
+        with pytest.raises(UserError, match="cannot be downloaded"):
+            load_items(tmp_path / "new/hellaswag_val.jsonl")
+        assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_two_processes_download_once_and_fail_together(server, tmp_path):
+    script = tmp_path / "load.py"
+    script.write_text(f"""
+import os, pathlib, sys
+import torch.distributed as dist
+import hellaswag
+dist.init_process_group("gloo")
+hellaswag.URL = "{server.url}"
+folder = pathlib.Path("{tmp_path}")
+found = len(hellaswag.load_items(folder / "hellaswag_val.jsonl", 5))
+hellaswag.URL += "x"
+try:
+    hellaswag.load_items(folder / "other/hellaswag_val.jsonlx")
+except hellaswag.UserError as error:
+    (folder / f"rank{{os.environ['RANK']}}").write_text(f"{{found}} {{error}}")
+dist.destroy_process_group()
+""")
+    server.body = server.body  # the second address answers too, but wrongly:
+    original = server.RequestHandlerClass.do_GET
+    server.RequestHandlerClass.do_GET = lambda self: self.send_error(404) if self.path.endswith("x") else original(self)
+    run(script, processes=2, env={"PYTHONPATH": str(hellaswag.Path(hellaswag.__file__).parent)})
+    one, two = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
+    assert server.hits == 1 and one == two and one.startswith("5 ") and "404" in one
+
+
+# -- command line
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory as save_pretrained and checkpoints leave it."""
+    directory = tmp_path_factory.mktemp("saved") / "step_00250"
+    sharp(vocab_size=50257).save_pretrained(directory)
+    return directory
+
+
+def last_line(done):
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def runs(saved, data, tmp_path_factory):
+    """The same scoring by one process and by two; what they printed, and the folder of one.json and two.json."""
+    out = tmp_path_factory.mktemp("out") / "new"
+    args = "--model", saved, "--data", data, "--limit", 41, "--device", "cpu", "--dtype", "float32", "--no-compile", "--json"
+    return run("hellaswag.py", *args, out / "one.json"), run("hellaswag.py", *args, out / "two.json", processes=2), out
+
+
+def test_command_line_with_one_and_two_processes(runs, saved, data):
+    one, two, out = runs
+    items = load_items(data, 41)
+    expected = plain_loop(GPT.from_pretrained(saved), items).double()
+    acc, acc_norm = (
+        (pick == torch.tensor([item.label for item in items])).double().mean().item() for pick in picks(items, expected)
+    )
+    stderr = math.sqrt(acc_norm * (1 - acc_norm) / 41)
+    assert last_line(one) == last_line(two) == f"41 acc: {acc:.4f} acc_norm: {acc_norm:.4f} ± {stderr:.4f}"
+    assert two.stdout.count("acc:") == 1 and "acc_norm=" in one.stderr  # one rank speaks; the bar has the running accuracy
+    for name in ("one.json", "two.json"):
+        records = [json.loads(line) for line in (out / name).read_text().splitlines()]
+        assert list(records[0]) == ["index", "label", "losses", "lengths", "pick", "pick_norm"]
+        losses = torch.tensor([record["losses"] for record in records], dtype=torch.float64)
+        agree(items, losses, expected)
+        chosen = [[r["pick"] for r in records], [r["pick_norm"] for r in records]]
+        assert chosen == [pick.tolist() for pick in picks(items, losses)]
+        assert [(r["index"], r["label"], r["lengths"]) for r in records] == [(i.index, i.label, i.lengths) for i in items]
+    assert sorted(p.name for p in out.iterdir()) == ["one.json", "two.json"]
+
+
+def test_compare_finds_no_difference_between_equal_models(runs):
+    *_, out = runs
+    done = run("hellaswag.py", "--compare", out / "one.json", out / "two.json")
+    assert last_line(done) == "B - A: +0.0000, 95% interval +0.0000 to +0.0000 (paired bootstrap)"
+
+
+def test_compare_by_hand(tmp_path):
+    def records(right):
+        return [dict(index=i, label=1, pick_norm=int(r)) for i, r in enumerate(right)]
+
+    a = write(tmp_path / "a.json", records([1] * 20 + [0] * 80))
+    b = write(tmp_path / "b.json", records([1] * 10 + [0] * 10 + [1] * 30 + [0] * 50))
+    text = hellaswag.compare(a, b)
+    for part in ("a.json acc_norm: 0.2000", "b.json acc_norm: 0.4000", "only A is right on 10, only B on 30"):
+        assert part in text
+    low, high = map(float, re.search(r"B - A: \+0\.2000, 95% interval (\S+) to (\S+) \(paired bootstrap\)", text).groups())
+    stderr = math.sqrt((10 + 30) / 100 - 0.2**2) / math.sqrt(100)  # of a mean of 100 values in -1, 0, 1
+    assert abs(low - (0.2 - 1.96 * stderr)) < 0.011 and abs(high - (0.2 + 1.96 * stderr)) < 0.011
+
+    for broken in (records([1] * 99), [{"x": 1}], []):
+        with pytest.raises(UserError):
+            hellaswag.compare(a, write(tmp_path / "c.json", broken))
+    with pytest.raises(UserError, match="no.json"):
+        hellaswag.compare(a, tmp_path / "no.json")
+
+
+def test_mistakes_are_one_sentence(saved, data, tmp_path, capsys):
+    offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    official = tmp_path / "hellaswag_val.jsonl"
+    done = run("hellaswag.py", "--model", saved, "--data", official, check=False, env=offline)
+    assert (
+        done.returncode == 1
+        and done.stderr.count("\n") == 1
+        and "cannot be downloaded" in done.stderr
+        and not list(tmp_path.iterdir())
+    )
+    with pytest.raises(SystemExit) as caught:
+        hellaswag.main(["--model", str(tmp_path / "none"), "--data", str(data), "--device", "cpu"])
+    assert caught.value.code == 1 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_truncation_is_reported(tmp_path, data, capsys):
+    sharp(100, 50257).save_pretrained(tmp_path / "small")
+    args = "--limit 20 --device cpu --dtype float32 --no-compile --token-budget 512"
+    hellaswag.main(["--model", str(tmp_path / "small"), "--data", str(data), *args.split()])
+    cut = sum(len(item.context) + max(map(len, item.endings)) - 1 > 100 for item in load_items(data, 20))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("20 acc: ") and (f"{cut} items were too long for the model" in lines[0]) == (cut > 0)
+
+
+def test_help_names_the_contract(capsys):
+    with pytest.raises(SystemExit):
+        hellaswag.main(["--help"])
+    text = capsys.readouterr().out.replace("-", "_")
+    for name in "model data limit device dtype json compare style compile".split():
+        assert f"__{name}" in text, name
