@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from fineweb import EOT, VOCAB_SIZE, UserError, list_shards, open_shard, tokenizer
+from fineweb import EOT, VOCAB_SIZE, UserError, check_manifest, list_shards, open_shard, tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one knob a line; tyro makes the command line, and its help, from this class.
@@ -81,7 +81,7 @@ class Config:
     max_lr: float = 6e-4  # GPT-3 table 2.1 for 125M parameters
     min_lr: float = 6e-5  # the cosine ends at 10% of max_lr
     weight_decay: float = 0.1  # on tensors of two or more dimensions only
-    grad_clip: float = 1.0  # global norm
+    grad_clip: float = 1.0  # global norm (0 = no clipping)
     # once in a while (in steps; 0 = never; otherwise at the last step too)
     val_every: int = 250  # validation loss
     val_tokens: int = 10485760  # tokens it is averaged over, the same ones every time
@@ -108,8 +108,8 @@ class Config:
 # A real tokenizer and a real loss curve, sized for two laptop cores.
 DEMO = Config(
     demo=True, data_dir="demo/data", out_dir="demo/log", n_layer=4, n_head=4, n_embd=128, block_size=128,
-    total_batch_size=1024, micro_batch_size=8, seq_len=128, max_steps=400, warmup_steps=20, max_lr=2e-3, min_lr=2e-4,
-    val_every=100, val_tokens=13824, hellaswag_every=0, sample_every=200, save_every=200, compile=False,
+    total_batch_size=1024, micro_batch_size=8, seq_len=128, max_steps=450, warmup_steps=20, max_lr=2e-3, min_lr=2e-4,
+    val_every=90, val_tokens=13824, hellaswag_every=0, sample_every=225, save_every=225, compile=False,
     prompt="The for statement is used to",
 )  # fmt: skip
 
@@ -413,13 +413,14 @@ class DataLoaderLite:
     """
 
     def __init__(self, data_dir, split, micro_batch_size, seq_len, total_batch_size=None, rank=0, world_size=1,
-                 shuffle=False, seed=0, vocab_size=VOCAB_SIZE):  # fmt: skip
+                 shuffle=False, seed=0, vocab_size=VOCAB_SIZE, pin_memory=False):  # fmt: skip
         self.paths = list_shards(data_dir, split)
+        check_manifest(data_dir)  # finished, and all there? A folder that other scripts made has none to check
         self.shards = [open_shard(path) for path in self.paths]  # memory maps: only what is read takes memory
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.B, self.T, self.rank, self.world_size = micro_batch_size, seq_len, rank, world_size
         self.G = (total_batch_size or micro_batch_size * seq_len * world_size) // seq_len  # windows in a global batch
-        self.shuffle, self.seed, self.vocab_size = shuffle, seed, vocab_size
+        self.shuffle, self.seed, self.vocab_size, self.pin_memory = shuffle, seed, vocab_size, pin_memory
         self.n_tokens = int(self.ends[-1])
         self.n_windows = (self.n_tokens - 1) // seq_len
         if self.n_windows < 1:
@@ -438,7 +439,7 @@ class DataLoaderLite:
         return windows
 
     def read(self, windows):
-        """Tokens of the given windows, (n, T + 1) int64 on the CPU, pinned where there is CUDA to copy to."""
+        """Tokens of the given windows, (n, T + 1) int64 on the CPU; pinned memory can be copied to CUDA in the background."""
         out = np.empty((len(windows), self.T + 1), dtype=np.uint16)
         for row, start in zip(out, windows * self.T):
             shard = int(np.searchsorted(self.ends, start, side="right"))
@@ -451,7 +452,7 @@ class DataLoaderLite:
         if out.size and out.max() >= self.vocab_size:
             raise UserError(f"{self.paths[0].parent}: its shards hold token id {out.max()}, but the model knows {self.vocab_size} ids")
         tokens = torch.from_numpy(out.astype(np.int64))
-        return tokens.pin_memory() if torch.cuda.is_available() else tokens
+        return tokens.pin_memory() if self.pin_memory else tokens
 
     def read_step(self, step):
         """This rank's part of a global batch, (micro-steps, B, T + 1): the ranks take turns, micro-batch by micro-batch."""
@@ -491,7 +492,8 @@ def evaluate(model, loader, val_tokens, device):
         x, y = tokens[:, :-1], tokens[:, 1:].clone()
         y[len(chosen) :] = -100  # the rows that only fill the last batch do not count
         loss = model(x, y, return_logits=False)[1]
-        total += torch.stack([loss.float() * len(chosen), loss.new_tensor(float(len(chosen)))])
+        total[0] += loss * len(chosen)
+        total[1] += len(chosen)
     if dist.is_initialized():
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
@@ -512,14 +514,19 @@ def save_checkpoint(out_dir, step, model, optimizer, scaler, config):
     is needed to resume: training draws none, the data order is a function of (seed, step), sampling has its own seed."""
     final, temporary = Path(out_dir) / f"step_{step:05d}", Path(out_dir) / f"tmp_step_{step:05d}"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
     state = dict(step=step, padding_rows=model.lm_head.weight.detach()[VOCAB_SIZE:].clone(), optimizer=optimizer.state_dict(),
                  scaler=scaler.state_dict(), config=asdict(config), model=asdict(model.config))  # fmt: skip
-    torch.save(state, temporary / "training_state.pt")
-    for path in [*temporary.iterdir(), temporary]:  # on the disk before the name says so
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+    try:
+        model.save_pretrained(temporary)
+        torch.save(state, temporary / "training_state.pt")
+        for path in [*temporary.iterdir(), temporary]:  # on the disk before the name says so
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+    except Exception as e:  # each library has its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{final} cannot be written ({str(e).splitlines()[0]}); the checkpoints before it are whole: "
+                        "make room, and go on with --resume") from e  # fmt: skip
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     for _, path in find_checkpoints(out_dir)[: -config.keep_checkpoints if config.keep_checkpoints else 0]:
@@ -529,7 +536,11 @@ def save_checkpoint(out_dir, step, model, optimizer, scaler, config):
 
 def load_checkpoint(path, config):
     """Model and training state (a dict) of a checkpoint; UserError if the flags would make another run of it."""
-    state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
+    except Exception as e:  # a missing file, a damaged archive, a damaged pickle: each has its own
+        raise UserError(f"{path / 'training_state.pt'} cannot be read ({str(e).splitlines()[0]}); remove {path} to resume from the "
+                        "checkpoint before it") from e  # fmt: skip
     fixed = ["init_from", "seed", "shuffle", "total_batch_size", "seq_len", "overfit_one_batch"]
     if config.init_from == "scratch":
         fixed += ["model", "n_layer", "n_head", "n_embd", "block_size", "vocab_size"]
@@ -695,7 +706,9 @@ def train(config):
     if ddp:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
 
     def print0(*args):
         if master:
@@ -707,7 +720,8 @@ def train(config):
         if ddp:
             dist.barrier()
 
-    torch.set_float32_matmul_precision(config.matmul_precision)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(config.matmul_precision)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     B, T = config.micro_batch_size, config.seq_len
@@ -719,6 +733,9 @@ def train(config):
         raise UserError(f"{config.out_dir} holds a run already: add --resume to continue it, or choose another --out_dir")
     raw_model, state = load_checkpoint(checkpoint[0][1], config) if checkpoint else (new_model(config), None)
     V = raw_model.config.vocab_size
+    if V < VOCAB_SIZE and (config.sample_every or config.hellaswag_every):
+        print0(f"warning: samples and HellaSwag are off: they need GPT-2's {VOCAB_SIZE} tokens, and this model has {V}")
+        config = replace(config, sample_every=0, hellaswag_every=0)
     raw_model.to(device)
     if T > raw_model.config.block_size and not config.sample_only:
         raise UserError(f"--seq_len {T} is longer than the model's context of {raw_model.config.block_size} tokens")
@@ -739,11 +756,11 @@ def train(config):
     # Data
     if config.demo:
         rank0_first(lambda: make_demo_shards(config))
-    loader = DataLoaderLite(config.data_dir, "train", B, T, config.total_batch_size, rank, world_size, config.shuffle,
-                            config.seed, V)  # fmt: skip
+    share = dict(rank=rank, world_size=world_size, vocab_size=V, pin_memory=device.type == "cuda")
+    loader = DataLoaderLite(config.data_dir, "train", B, T, config.total_batch_size, shuffle=config.shuffle, seed=config.seed, **share)
     val_loader = None
     if config.val_every:
-        val_loader = DataLoaderLite(config.data_dir, "val", B, T, rank=rank, world_size=world_size, vocab_size=V)
+        val_loader = DataLoaderLite(config.data_dir, "val", B, T, **share)
 
     # What stands on the screen before the first step
     peak = peak_flops(device)
@@ -815,7 +832,7 @@ def train(config):
                 scaler.scale(loss).backward()
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)  # clip true gradients, not scaled ones
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
