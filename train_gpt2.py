@@ -884,6 +884,8 @@ def main(argv=None):
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt2.py: {e}", file=sys.stderr)
         sys.exit(1)
+    except torch.OutOfMemoryError:
+        sys.exit(f"train_gpt2.py: out of memory: halve --micro_batch_size {config.micro_batch_size}; the global batch stays the same")
     except KeyboardInterrupt:
         sys.exit(f"train_gpt2.py: interrupted; --resume goes on from the newest checkpoint in {config.out_dir}")
 
