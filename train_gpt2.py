@@ -786,7 +786,10 @@ def train(config):
 
         try:
             items = hellaswag.load_items(config.hellaswag_data, config.hellaswag_limit)
+            for item in items:  # said now rather than at the first evaluation
+                hellaswag.context_room(item, raw_model.config.block_size)
         except UserError as e:
+            items = None
             print0(f"warning: HellaSwag is off: {e}")
     log = Log(config.out_dir, start_step, master)
     typical_ms = None  # of a step, for the time left

@@ -1,5 +1,7 @@
 """What several tests share: tiny shards, tiny models, and a way to run the scripts as a user does."""
 
+import contextlib
+import io
 import os
 import socket
 import subprocess
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from train_gpt2 import GPT, GPTConfig, read_log
+from train_gpt2 import GPT, GPTConfig, main, read_log
 
 torch.set_num_threads(1)  # these models are too small to share between cores
 
@@ -55,6 +57,19 @@ def run(script, *args, processes=1, check=True, timeout=240, cwd=ROOT, env=None)
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
     done = subprocess.run([*launch, str(ROOT / script), *map(str, args)], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env)
     assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run_here(*args, check=True):
+    """train_gpt2.py's main in this process, which saves the seconds that a start takes; returns what run returns."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(list(map(str, args)))
+        except SystemExit as e:
+            code = e.code
+    done = subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+    assert not check or code == 0, done.stdout + done.stderr
     return done
 
 

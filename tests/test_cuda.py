@@ -65,9 +65,8 @@ def test_fused_adamw_equals_the_plain_loop():
         model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=64)).to(pick_device("cuda"))
         optimizer = model.configure_optimizers(0.1, 1e-3)
         if not fused:
-            optimizer = torch.optim.AdamW(optimizer.param_groups, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
-            for group in optimizer.param_groups:
-                group["fused"] = False
+            groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optimizer.param_groups]
+            optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False)
         ids = torch.randint(512, (4, 33), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
         for _ in range(3):
             optimizer.zero_grad()

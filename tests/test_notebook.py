@@ -1,13 +1,13 @@
 """The notebook runs from top to bottom, on a run and weights made here."""
 
 import nbformat
-from conftest import QUIET, ROOT, TINY, run, write_shards
+from conftest import QUIET, ROOT, TINY, run_here, write_shards
 from nbclient import NotebookClient
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):
     shards = write_shards(tmp_path / "shards")
-    run("train_gpt2.py", *TINY, *QUIET, "--data_dir", shards, "--out_dir", tmp_path / "run", "--max_steps", 2, "--total_batch_size", 64,
+    run_here(*TINY, *QUIET, "--data_dir", shards, "--out_dir", tmp_path / "run", "--max_steps", 2, "--total_batch_size", 64,
         "--micro_batch_size", 2, "--val_every", 1, "--val_tokens", 64)  # fmt: skip
     monkeypatch.setenv("GPT2_RUN", str(tmp_path / "run"))
     monkeypatch.delenv("GPT2_WEIGHTS", raising=False)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, ROOT, TINY, log_of, run, write_shards
+from conftest import QUIET, ROOT, TINY, log_of, run, run_here, write_shards
 from transformers import GPT2LMHeadModel
 
 from train_gpt2 import Config, Log, find_checkpoints, load_checkpoint, peak_flops, pick_device, pick_dtype, read_log
@@ -17,8 +17,10 @@ from train_gpt2 import Config, Log, find_checkpoints, load_checkpoint, peak_flop
 STEPS = "--max_steps 8 --warmup_steps 2 --max_lr 1e-2 --min_lr 1e-3 --total_batch_size 256 --val_every 4 --val_tokens 500".split()
 
 
-def train(shards, out, *args, batch=4, **kw):
-    return run("train_gpt2.py", *TINY, *QUIET, *STEPS, "--data_dir", shards, "--out_dir", out, "--micro_batch_size", batch, *args, **kw)
+def train(shards, out, *args, batch=4, alone=False, check=True, **kw):
+    """A run in this process, or as a user starts it: alone, with its own environment, or with several processes."""
+    args = [*TINY, *QUIET, *STEPS, "--data_dir", shards, "--out_dir", out, "--micro_batch_size", batch, *args]
+    return run("train_gpt2.py", *args, check=check, **kw) if alone or kw else run_here(*args, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def base(tmp_path_factory):
     """One run that several tests compare with: 8 steps, one process, micro-batches of 4, a checkpoint at 4 and 8."""
     folder = tmp_path_factory.mktemp("base")
     shards = write_shards(folder / "shards")
-    done = train(shards, folder / "out", "--save_every", 4)
+    done = train(shards, folder / "out", "--save_every", 4, alone=True)
     return shards, folder / "out", done.stdout
 
 
@@ -121,11 +123,11 @@ def test_half_precision_follows_float32(base, tmp_path, dtype):
         assert ours[step] == pytest.approx(loss, abs=0.05 if not skipped else 1.0)
 
 
-def test_compiled_training_validation_and_sampling_agree_with_eager(base, tmp_path):
-    shards, out, _ = base
-    args = ["--compile", "--sample_every", 4, "--sample_tokens", 8]
-    done = train(shards, tmp_path / "out", *args, env={"TORCH_LOGS": "recompiles"})
-    ours, theirs = log_of(tmp_path / "out"), log_of(out)
+def test_compiled_training_validation_and_sampling_agree_with_eager(shards, tmp_path):
+    args = ["--n_layer", 1, "--sample_every", 4, "--sample_tokens", 8]
+    train(shards, tmp_path / "eager", *args)
+    done = train(shards, tmp_path / "out", *args, "--compile", env={"TORCH_LOGS": "recompiles"})
+    ours, theirs = log_of(tmp_path / "out"), log_of(tmp_path / "eager")
     for stream in ("train", "val"):
         assert ours[stream] == pytest.approx(theirs[stream], abs=1e-4)
     assert done.stderr.count("Recompiling function") <= 4, done.stderr  # validation's no_grad, and decoding after reading
@@ -133,8 +135,8 @@ def test_compiled_training_validation_and_sampling_agree_with_eager(base, tmp_pa
 
 
 def test_samples_of_a_checkpoint(base):
-    done = run("train_gpt2.py", "--init_from", base[1] / "step_00008", "--sample_only", "--prompt", "Once", "--num_samples", 2,
-               "--sample_tokens", 5, "--device", "cpu", "--no-compile")  # fmt: skip
+    done = run_here("--init_from", base[1] / "step_00008", "--sample_only", "--prompt", "Once", "--num_samples", 2,
+                    "--sample_tokens", 5, "--device", "cpu", "--no-compile")  # fmt: skip
     assert [line[:6] for line in done.stdout.splitlines() if line.startswith(">")] == ["> Once"] * 2
 
 
@@ -146,6 +148,7 @@ def test_wrong_use_is_one_sentence(base, tmp_path):
         done = train(data, out_dir, *args, check=False)
         assert done.returncode == 1 and sentence in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
+    assert train(tmp_path / "nowhere", tmp_path / "out", check=False, alone=True).stderr.startswith("train_gpt2.py: No train shards")
     refused(data=tmp_path / "nowhere", sentence="python fineweb.py --out")
     refused(out_dir=out, sentence="holds a run already: add --resume")
     refused("--resume", "--seed", 2, out_dir=out, sentence="trained with --seed 1337, not 2")
@@ -183,7 +186,7 @@ def test_hellaswag_in_training_changes_nothing_else(base, tmp_path):
 
 
 def test_help_names_the_contract():
-    text = run("train_gpt2.py", "--help").stdout.replace("-", "_")
+    text = run_here("--help").stdout.replace("-", "_")
     for name in """demo data_dir out_dir init_from model n_layer n_head n_embd block_size vocab_size total_batch_size micro_batch_size
         seq_len max_steps warmup_steps max_lr min_lr weight_decay grad_clip val_every val_tokens hellaswag_every sample_every save_every
         shuffle seed dtype compile device resume overfit_one_batch""".split():
