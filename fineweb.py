@@ -293,18 +293,29 @@ def tokenize_all(chunks, workers: int):
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the workers inherit: Ctrl-C is for this process alone
     for _ in range(workers):
         pool.submit(int)  # starts one
-    signal.signal(signal.SIGINT, handler)
+    interrupted = threading.Event()
+
+    def interrupt(*_):  # raised between chunks, because amid the pool's own locking it could leave a lock shut for good
+        interrupted.set()
+        signal.signal(signal.SIGINT, handler)  # but a second Ctrl-C acts at once
+    signal.signal(signal.SIGINT, interrupt)
+    chunks = iter(chunks)
     try:
-        for position, share, content in chunks:
-            pending.append((position, share, pool.submit(tokenize, *content)))
-            if len(pending) > 2 * workers:  # one at work, one waiting for each worker: this bounds the memory
-                position, share, future = pending.popleft()
-                yield position, share, future.result()
-        for position, share, future in pending:
-            yield position, share, future.result()
+        while True:
+            while len(pending) <= 2 * workers and (chunk := next(chunks, None)):
+                position, share, content = chunk  # one at work, one waiting for each worker: this bounds the memory
+                pending.append((position, share, pool.submit(tokenize, *content)))
+            if not pending:
+                return
+            position, share, future = pending.popleft()
+            result = future.result()
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            yield position, share, result
     except BrokenProcessPool as error:
         raise UserError("A worker was killed, perhaps for want of memory: try fewer --workers.") from error
     finally:
+        signal.signal(signal.SIGINT, handler)
         pool.shutdown(cancel_futures=True)
 
 

@@ -1,6 +1,6 @@
 """Reproduce GPT-2 (124M): load OpenAI's weights or train from scratch, validate, score HellaSwag, sample.
 
-    python train_gpt2.py --demo                                   # any laptop: a small GPT-2 in about two minutes
+    python train_gpt2.py --demo                                   # any laptop: a small GPT-2 in two or three minutes
     python fineweb.py                                             # 10B tokens of FineWeb-Edu -> edu_fineweb10B/
     python train_gpt2.py                                          # one GPU; the defaults are the recipe
     torchrun --standalone --nproc_per_node=8 train_gpt2.py        # eight GPUs: the same batches, eight times as fast
@@ -56,7 +56,7 @@ SIZES = {  # GPT-2 table 2; 124,439,808 · 354,823,168 · 774,030,080 · 1,557,6
 @dataclass(frozen=True)
 class Config:
     # where from, where to
-    demo: bool = False  # a two-minute run on text that ships with Python; other flags still count
+    demo: bool = False  # a short run on text that ships with Python; other flags still count
     data_dir: str = "edu_fineweb10B"  # shards that fineweb.py wrote
     out_dir: str = "log"  # log.txt and checkpoints
     init_from: str = "scratch"  # scratch, gpt2 ... gpt2-xl, or a directory that save_pretrained wrote
