@@ -162,7 +162,7 @@ class Config:
 #
 # datasets knows which files make a hub data set. pyarrow reads them, as it does for datasets, whose own readers do not
 # serve here: let one text be a number, and its JSON reader puts quotes around all texts nearby; and its Parquet reader
-# fetches a file's footer (4 MB in FineWeb) again for every row group. Nothing is downloaded to the disk.
+# fetches a file's footer (megabytes) again for every row group. Nothing is downloaded to the disk.
 
 def find_files(config: Config, known: dict | None) -> tuple[str | None, list[str]]:
     """The commit of a hub data set, and our rank's files. `known` is the manifest of the run to continue. UserError."""
