@@ -201,9 +201,11 @@ def test_compiled_gives_the_same_in_as_many_graphs_as_shapes(model, items, expec
     monkeypatch.setattr(hellaswag, "compiled_token_losses", lambda: front_end)
     counters = torch._dynamo.utils.counters
     counters.clear()
+    graphs = []
     for _ in range(2):  # the second time compiles nothing
         agree(items, score(model, items, "cpu", compile=True, token_budget=1000), expected)
-        assert counters["stats"]["unique_graphs"] == MAX_SHAPES
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 1 < graphs[0] == graphs[1] <= MAX_SHAPES
 
 
 def test_hugging_face_and_ours_score_the_same(items, tmp_path):
