@@ -53,7 +53,7 @@ def read_texts(folder):
 
 
 def tiktoken_alone(folder):
-    """One core, texts in memory, ids thrown away: no program that calls encode_ordinary can be faster."""
+    """encode_ordinary on one core, texts in memory, ids thrown away."""
     encode, texts = tokenizer().encode_ordinary, read_texts(folder)
     began, cpu = time.perf_counter(), time.process_time()
     for text in texts:
@@ -180,7 +180,7 @@ def main():
         pairs = zip(runs[program, 1], runs[program, copies])
         return statistics.median((long[key] - short[key]) / (copies - 1) / tokens for short, long in pairs)
 
-    packages = ", ".join(f"{name} {version(name)}" for name in ("tiktoken", "numpy", "pyarrow", "datasets"))
+    packages = ", ".join(f"{name} {version(name)}" for name in ("tiktoken", "gigatoken", "numpy", "pyarrow", "datasets"))
     print(f"{datetime.date.today()}, {cpu_name()}, {os.cpu_count()} cores with a load of {os.getloadavg()[2]:.1f}, Python "
           f"{platform.python_version()}, {packages}; {tokens * copies:,} tokens in {len(texts) * copies:,} documents, medians "
           f"of {options.repeats}.\n")

