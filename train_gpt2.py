@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from fineweb import EOT, VOCAB_SIZE, UserError, check_manifest, list_shards, open_shard, tokenizer
+from fineweb import CORES, EOT, VOCAB_SIZE, UserError, check_manifest, list_shards, open_shard, tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one knob a line; tyro makes the command line, and its help, from this class.
@@ -70,7 +70,7 @@ class Config:
     vocab_size: int = 50304  # 50257 padded to a multiple of 128, which GPU matrix products like
     # batch
     total_batch_size: int = 524288  # tokens an update, 2**19: GPT-3 table 2.1 has 0.5M for this size
-    micro_batch_size: int = 64  # sequences on one device at a time; lower it if memory runs out
+    micro_batch_size: int | Literal["auto"] = "auto"  # sequences on one device at a time; auto: all that fit a GPU, else 4
     seq_len: int = 1024  # tokens a sequence
     shuffle: bool = True  # visit the windows of the training set in a new order each epoch
     seed: int = 1337  # of the weights and the data order
@@ -195,6 +195,44 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """
+    F.cross_entropy(F.linear(x, weight), targets), with the gradients taken on the way forward, from the logits of a chunk of
+    tokens while they are at hand: the (N, V) logits and their gradient, gigabytes, never exist as a whole. For the CPU in
+    eager mode; torch.compile fuses the plain form, and was faster with it. x: (N, C), weight: (V, C), targets: (N,) int64.
+    """
+
+    CHUNK = 512  # tokens
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_gradients):
+        dtype = autocast_dtype(x)
+        x, weight, d_x, d_weight = x.to(dtype), weight.to(dtype), torch.empty_like(x), torch.zeros_like(weight)
+        n, loss = (targets != -100).sum(), torch.zeros((), device=x.device)
+        for rows, wanted, d_rows in zip(*(t.split(ChunkedCrossEntropy.CHUNK) for t in (x, targets, d_x))):
+            logits = F.linear(rows, weight).float().requires_grad_()  # (CHUNK, V)
+            with torch.enable_grad():
+                part = F.cross_entropy(logits, wanted, reduction="sum")
+            loss += part.detach()
+            if with_gradients:
+                d_logits = torch.autograd.grad(part, logits)[0].to(dtype)
+                d_rows.copy_(d_logits @ weight)
+                d_weight += d_logits.t() @ rows
+        ctx.save_for_backward(d_x, d_weight, n)
+        return loss / n
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_x, d_weight, n = ctx.saved_tensors
+        return d_x * (d_loss / n), d_weight * (d_loss / n), None, None
+
+
+def autocast_dtype(tensor):
+    """What matrix products of this tensor are computed in: the caller's autocast dtype, or without one the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -230,7 +268,11 @@ class GPT(nn.Module):
         Returns (logits, loss): (B, T, V), or None if not return_logits, and the mean cross entropy in nats, or None
         without targets. Training asks for no logits, so that B·T·V of them need not outlive the loss.
         """
-        logits = self.lm_head(self.transformer(idx))
+        x = self.transformer(idx)
+        if not return_logits and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
+            return None, loss
+        logits = self.lm_head(x)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return logits if return_logits else None, loss
 
@@ -340,9 +382,8 @@ class GPT(nn.Module):
         done = torch.zeros(B, dtype=torch.bool, device=device)
         generator = torch.Generator(device).manual_seed(seed)
         S = min(c.block_size, ids.size(1))
-        autocast = torch.is_autocast_enabled(device.type)
-        kind = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        cache = torch.zeros(c.n_layer, 2, B, c.n_head, S, c.n_embd // c.n_head, dtype=kind, device=device) if use_cache else None
+        shape = c.n_layer, 2, B, c.n_head, S, c.n_embd // c.n_head
+        cache = torch.zeros(shape, dtype=autocast_dtype(weight), device=device) if use_cache else None
         for n in range(max_new_tokens):
             if cache is not None and longest + n <= c.block_size:
                 if n == 0:  # read the prompts; what stands right of a short one is overwritten before it is looked at
@@ -469,7 +510,95 @@ class DataLoaderLite:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schedule and evaluation
+# One step, its schedule, evaluation
+
+
+def training_step(model, batches, accum, optimizer, scaler, autocast, grad_clip):
+    """
+    One update from `accum` micro-batches (inputs, targets). Returns the loss and the gradient's norm before clipping, of the
+    global batch, as tensors on the device: nothing here waits for it.
+    """
+    ddp = dist.is_initialized()
+    optimizer.zero_grad(set_to_none=True)
+    loss_sum = 0.0
+    for micro_step, (x, y) in enumerate(batches):
+        more = ddp and micro_step < accum - 1
+        with model.no_sync() if more else nullcontext():  # gradients travel once, in the last micro-step
+            with autocast:
+                _, loss = model(x, y, return_logits=False)
+                loss = loss / accum  # so that the sum over micro-steps is the mean over the global batch
+            scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+    scaler.unscale_(optimizer)  # clip true gradients, not scaled ones
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    if ddp:
+        dist.all_reduce(loss_sum)
+        loss_sum /= dist.get_world_size()
+    return loss_sum, norm
+
+
+def free_memory(optimizer):
+    """Give all memory that PyTorch can spare back to the GPU."""
+    optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+
+
+def find_micro_batch_size(fits, most):
+    """The largest power of two up to `most` that fits, at least 1; fits(B) raises torch.OutOfMemoryError if B does not."""
+    B = 1 << (most.bit_length() - 1)
+    while B > 1:
+        try:
+            fits(B)
+            break
+        except torch.OutOfMemoryError:
+            B //= 2
+    return B
+
+
+def pick_micro_batch_size(model, raw_model, optimizer, config, world_size, autocast, device):
+    """
+    Sequences on one device at a time for --micro_batch_size auto: 4 unless on CUDA; there the largest power of two that
+    divides the work and fits, found by forward and backward passes of the model as it will be trained. All processes take
+    the smallest that one of them found.
+    """
+    most = config.total_batch_size // (config.seq_len * world_size)
+    most &= -most  # the largest power of two that divides it
+    if device.type != "cuda":
+        return min(4, most)
+
+    def peak(model, B):  # bytes of a forward and backward pass, beyond what was allocated before
+        free_memory(optimizer)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        idx = torch.zeros(B, config.seq_len, dtype=torch.int64, device=device)
+        with autocast:
+            loss = model(idx, idx, return_logits=False)[1]
+        loss.backward()
+        return torch.cuda.max_memory_allocated(device) - before
+
+    moments = 0 if optimizer.state else 2 * sum(p.numel() for p in raw_model.parameters())
+    moments = torch.empty(moments, device=device)  # AdamW's, which are made in the first step
+    # A trial of the compiled model takes a compilation, so where to begin is reckoned from small passes without it, which
+    # take more memory a sequence than compiled ones, by less than a factor of two.
+    each = max(1, peak(raw_model, 2) - peak(raw_model, 1))
+    free_memory(optimizer)
+    fit = max(1, 2 * torch.cuda.mem_get_info(device)[0] // each)
+    B = torch.tensor(find_micro_batch_size(lambda B: peak(model, B), min(most, fit)), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(B, dist.ReduceOp.MIN)
+    del moments
+    free_memory(optimizer)
+    return int(B)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def get_lr(step, config):
@@ -628,13 +757,6 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def make_demo_shards(config):
     """Tokenize the documentation that ships with every CPython into config.data_dir; nothing to do the second time."""
     from pydoc_data.topics import topics
@@ -652,17 +774,17 @@ def make_demo_shards(config):
 def check(config, world_size):
     """Refuse, in one sentence, what cannot work."""
     for name in ("total_batch_size", "micro_batch_size", "seq_len", "val_tokens", "num_samples"):
-        if getattr(config, name) < 1:
+        if getattr(config, name) != "auto" and getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if type(value) in (int, float) and not value >= 0:
             raise UserError(f"--{f.name} {value}: must not be negative")
-    tokens = config.micro_batch_size * config.seq_len * world_size
-    if config.total_batch_size % tokens:
+    B = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    if config.total_batch_size % (B * config.seq_len * world_size):
         raise UserError(
             f"--total_batch_size {config.total_batch_size} is not a multiple of micro_batch_size x seq_len x processes = "
-            f"{config.micro_batch_size} x {config.seq_len} x {world_size} = {tokens}; change one of them"
+            f"{B} x {config.seq_len} x {world_size} = {B * config.seq_len * world_size}; change one of them"
         )
 
 
@@ -703,6 +825,8 @@ def train(config):
     device = pick_device(config.device, local_rank)
     if device.type == "cpu":
         keep_freed_memory()
+        if ddp:  # torchrun allows each process one thread
+            torch.set_num_threads(max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if ddp:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -724,8 +848,7 @@ def train(config):
         torch.set_float32_matmul_precision(config.matmul_precision)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    B, T = config.micro_batch_size, config.seq_len
-    accum = config.total_batch_size // (B * T * world_size)
+    T = config.seq_len
 
     # Model: the raw one serves weights, optimizer and sampling; `model` is compiled; `ddp_model` averages gradients.
     checkpoint = find_checkpoints(config.out_dir)[-1:] if config.resume else []
@@ -744,7 +867,6 @@ def train(config):
     if config.sample_only:
         with autocast:
             return sample(raw_model, config, next_logits) if master else None
-    ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if ddp else model
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     start_step = 0
@@ -752,6 +874,14 @@ def train(config):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start_step = state["step"]
+    B = config.micro_batch_size
+    if B == "auto":
+        B = pick_micro_batch_size(model, raw_model, optimizer, config, world_size, autocast, device)
+    accum = config.total_batch_size // (B * T * world_size)
+    ddp_model = model
+    if ddp:  # gradients live in the buckets that travel: no second copy of them
+        device_ids = [device] if device.type == "cuda" else None
+        ddp_model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     # Data
     if config.demo:
@@ -824,28 +954,23 @@ def train(config):
         # --------------- one training step ---------------
         synchronize(device)
         t0 = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        loss_sum = torch.zeros((), device=device)
-        for micro_step, (x, y) in enumerate(loader.batches(0 if config.overfit_one_batch else step, device)):
-            more = ddp and micro_step < accum - 1
-            with ddp_model.no_sync() if more else nullcontext():  # gradients travel once, in the last micro-step
-                with autocast:
-                    _, loss = ddp_model(x, y, return_logits=False)
-                    loss = loss / accum  # so that the sum over micro-steps is the mean over the global batch
-                scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        scaler.unscale_(optimizer)  # clip true gradients, not scaled ones
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        scaler.step(optimizer)
-        scale = scaler.get_scale()
-        scaler.update()
-        if ddp:
-            dist.all_reduce(loss_sum)
-            loss_sum /= world_size
-        loss, norm = loss_sum.item(), norm.item()  # the one place where the host waits for the device
+        scale, loss = scaler.get_scale(), None
+        while loss is None:
+            try:
+                batches = loader.batches(0 if config.overfit_one_batch else step, device)
+                loss, norm = training_step(ddp_model, batches, accum, optimizer, scaler, autocast, config.grad_clip)
+            except torch.OutOfMemoryError:
+                if config.micro_batch_size != "auto" or B == 1 or ddp:  # other processes would wait for this one
+                    raise
+            if loss is None:  # out of the except clause, which holds on to the memory
+                B, accum = B // 2, accum * 2
+                loader.B = B
+                print0(f"step {step}: out of memory, so from now on {B} sequences x {accum} micro-steps")
+                free_memory(optimizer)
+        loss, norm = loss.item(), norm.item()  # the one place where the host waits for the device
         seconds = time.perf_counter() - t0
         # -------------------------------------------------
 
@@ -888,7 +1013,7 @@ def main(argv=None):
             print(f"train_gpt2.py: {e}", file=sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError:
-        sys.exit(f"train_gpt2.py: out of memory: halve --micro_batch_size {config.micro_batch_size}; the global batch stays the same")
+        sys.exit(f"train_gpt2.py: out of memory: lower --micro_batch_size {config.micro_batch_size}; the global batch stays the same")
     except KeyboardInterrupt:
         sys.exit(f"train_gpt2.py: interrupted; --resume goes on from the newest checkpoint in {config.out_dir}")
 

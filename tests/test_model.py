@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fineweb import EOT, VOCAB_SIZE, UserError
-from train_gpt2 import GPT, SIZES, Config, GPTConfig, get_lr, transpose_conv1d
+from train_gpt2 import GPT, SIZES, ChunkedCrossEntropy, Config, GPTConfig, get_lr, transpose_conv1d
 
 
 def make_hf(directory, **changes):
@@ -141,6 +141,27 @@ def test_loss_is_cross_entropy_and_ignores_minus_100(tiny):
     by_hand = -F.log_softmax(logits.double(), -1).gather(-1, ids[..., None])[..., 0][targets != -100].mean()
     assert abs(loss.item() - by_hand.item()) < 1e-5
     assert tiny(ids, targets, return_logits=False)[0] is None and tiny(ids)[1] is None
+
+
+@pytest.mark.parametrize("chunk, dtype, tolerance", [(1, None, 1e-5), (7, None, 1e-5), (512, None, 1e-5), (7, torch.bfloat16, 2e-2),
+                                                     (7, torch.float16, 2e-3)])  # fmt: skip
+def test_the_chunked_loss_equals_cross_entropy(tiny, monkeypatch, chunk, dtype, tolerance):
+    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", chunk)
+    idx, targets = torch.randint(50257, (2, 2, 10))
+    targets[0, 3:5] = -100
+    losses, gradients = [], []
+    for chunked in (False, True):
+        tiny.zero_grad()
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = tiny(idx, targets, return_logits=not chunked)[1]
+        (3 * loss).backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad.clone() for name, p in tiny.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    for name, plain in gradients[0].items():
+        assert (gradients[1][name] - plain).norm() <= tolerance * plain.norm(), name
+    with torch.no_grad():
+        assert tiny(idx, targets, return_logits=False)[1].item() == pytest.approx(tiny(idx, targets)[1].item(), abs=1e-5)
 
 
 def test_too_long_a_context_is_said(tiny):

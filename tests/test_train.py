@@ -12,6 +12,7 @@ import torch
 from conftest import QUIET, ROOT, TINY, log_of, run, run_here, write_shards
 from transformers import GPT2LMHeadModel
 
+import train_gpt2
 from train_gpt2 import Config, Log, find_checkpoints, load_checkpoint, peak_flops, pick_device, pick_dtype, read_log
 
 STEPS = "--max_steps 8 --warmup_steps 2 --max_lr 1e-2 --min_lr 1e-3 --total_batch_size 256 --val_every 4 --val_tokens 500".split()
@@ -54,6 +55,34 @@ def test_accumulation_and_processes_and_one_big_batch_agree(base, tmp_path, batc
         assert list(ours[stream]) == list(theirs[stream])
         for step, value in theirs[stream].items():
             assert ours[stream][step] == pytest.approx(value, abs=1e-4), (stream, step)
+
+
+@pytest.mark.parametrize("most, room, expected", [(64, 100, 64), (64, 40, 32), (48, 100, 32), (64, 1, 1), (1, 100, 1)])
+def test_the_largest_micro_batch_that_fits(most, room, expected):
+    def fits(B):
+        if B > room:
+            raise torch.OutOfMemoryError
+    assert train_gpt2.find_micro_batch_size(fits, most) == expected
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_one(base, tmp_path, monkeypatch):
+    shards, out, _ = base
+    sizes, plain = [], train_gpt2.training_step
+
+    def step(model, batches, *args):
+        batches = list(batches)
+        sizes.append(len(batches[0][0]))
+        if sizes[-1] > (2 if len(sizes) < 4 else 1):
+            raise torch.OutOfMemoryError
+        return plain(model, batches, *args)
+    monkeypatch.setattr(train_gpt2, "training_step", step)
+    done = train(shards, tmp_path / "out", batch="auto")
+    assert sizes[:5] == [4, 2, 2, 2, 1] and "from now on 1 sequences x 8 micro-steps" in done.stdout
+    for stream in ("train", "norm", "val"):
+        assert log_of(tmp_path / "out")[stream] == pytest.approx(log_of(out)[stream], abs=1e-4)
+    sizes.clear()
+    refused = train(shards, tmp_path / "fixed", batch=4, check=False)  # what the user fixed, stays
+    assert "out of memory: lower --micro_batch_size 4" in refused.returncode
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,0 +1,195 @@
+"""
+The lecture's ladder: what each optimization gives to one step of train_gpt2.py's own model and code, on this device.
+
+    python tests/bench_ladder.py                                    # CUDA: 124M, B=16, T=1024; CPU: a small model
+    python tests/bench_ladder.py --model gpt2 --batch 4 --seq_len 512 --rungs shipped eager keep  # 124M on a CPU
+    python tests/bench_ladder.py --batch auto                       # the largest B that fits (CUDA)
+
+Prints a Markdown table. Every rung is a process of its own, so that its peak memory is its own, and all rungs take turns, `rounds` times,
+because machines are noisy. "Shipped" is the form of the lecture's repository: bfloat16, eager, flash attention, vocabulary 50304, fused
+AdamW, logits of all positions in float32, memory as the system manages it, and a synchronisation in each step.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train_gpt2  # noqa: E402
+from train_gpt2 import GPT, SIZES, GPTConfig, peak_flops, pick_device, synchronize, training_step  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Rung:
+    name: str
+    tf32: bool = False
+    dtype: str = "float32"
+    compile: bool = False
+    mode: str = "default"  # of torch.compile
+    flash: bool = False
+    vocab_size: int = 50257
+    fused: bool = False
+    logits: bool = True  # of all positions, returned, as float32 in the loss
+    keep: bool = False  # keep_freed_memory, CPU only
+
+
+def ladder(cuda):
+    """[(key, Rung)], each with one change more than the one before, then those that stand beside it."""
+    rung = Rung("float32")
+    rungs = [("float32", rung)]
+    for key, name, change in [
+        ("tf32", "TF32", dict(tf32=True)), ("bfloat16", "bfloat16", dict(dtype="bfloat16")), ("compile", "torch.compile", dict(compile=True)),
+        ("flash", "flash attention", dict(flash=True)), ("vocab", "vocabulary 50304", dict(vocab_size=50304)),
+        ("fused", "fused AdamW", dict(fused=True)), ("loss", "no logits returned", dict(logits=False)),
+        ("keep", "freed memory kept (CPU)", dict(keep=True)),
+    ]:  # fmt: skip
+        rung = replace(rung, name="+ " + name, **change)
+        if cuda or key != "tf32":
+            rungs.append((key, rung))
+    if cuda:
+        rungs = [r for r in rungs if r[0] != "keep"]
+        rungs.append(("autotune", replace(rung, name="the same, max-autotune-no-cudagraphs", mode="max-autotune-no-cudagraphs")))
+    eager = replace(rung, name="the last rung of ours without compile", compile=False)
+    shipped = replace(eager, name="as the lecture's repository ships it", logits=True, keep=False)
+    return rungs + [("eager", eager), ("shipped", shipped)]
+
+
+@dataclass
+class Options:
+    model: Literal["small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2" if torch.cuda.is_available() else "small"
+    batch: int | Literal["auto"] = 16 if torch.cuda.is_available() else 4  # sequences
+    seq_len: int = 1024 if torch.cuda.is_available() else 256  # tokens
+    steps: int = 20 if torch.cuda.is_available() else 5  # measured, after three that are not
+    rounds: int = 2  # times that every rung runs, in turns; medians are over all
+    rungs: tuple[str, ...] = ()  # keys of the ladder, in the table's order; all unless given
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    json: Path | None = None  # write all figures to this file
+    child: str = ""  # internal: measure this rung and print JSON
+
+
+def build(rung, options, device):
+    if rung.tf32:
+        torch.set_float32_matmul_precision("high")
+    if rung.keep:
+        train_gpt2.keep_freed_memory()
+    torch.manual_seed(0)
+    shape = SIZES.get(options.model, dict(n_layer=4, n_head=4, n_embd=256))
+    raw = GPT(GPTConfig(max(1024, options.seq_len), rung.vocab_size, **shape)).to(device)
+    optimizer = raw.configure_optimizers(0.1, 6e-4)
+    if not rung.fused:
+        optimizer = torch.optim.AdamW(optimizer.param_groups, lr=6e-4, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+        for group in optimizer.param_groups:
+            group.update(fused=False)
+    model = torch.compile(raw, dynamic=False, mode=rung.mode) if rung.compile else raw
+
+    def with_logits(x, y, return_logits):
+        return model(x, y)
+
+    return raw, optimizer, with_logits if rung.logits else model
+
+
+def measure(rung, options):
+    """One JSON line: seconds of each step, losses, peak bytes, floating point operations a token."""
+    device = pick_device(options.device)
+    raw, optimizer, model = build(rung, options, device)
+    dtype = getattr(torch, rung.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    B = options.batch
+    if B == "auto":
+        config = train_gpt2.Config(seq_len=options.seq_len, total_batch_size=2**19)
+        B = train_gpt2.pick_micro_batch_size(model, raw, optimizer, config, 1, autocast, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(50257, (B, options.seq_len + 1), generator=generator).to(device) for _ in range(4)]
+    attention = nullcontext() if rung.flash else sdpa_kernel(SDPBackend.MATH)
+    seconds, losses = [], []
+    with attention:
+        for step in range(3 + options.steps):
+            tokens = batches[step % len(batches)]
+            synchronize(device)
+            start = time.perf_counter()
+            loss, norm = training_step(model, [(tokens[:, :-1], tokens[:, 1:])], 1, optimizer, scaler, autocast, 1.0)
+            losses.append(loss.item())  # as in the loop: a synchronisation
+            norm.item()
+            seconds.append(time.perf_counter() - start)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps(dict(seconds=seconds[3:], first=seconds[0], losses=losses, memory=memory, B=B,
+                          flops=raw.flops_per_token(options.seq_len))))  # fmt: skip
+
+
+def hardware(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def main():
+    options = tyro.cli(Options, description=__doc__)
+    device = pick_device(options.device)
+    rungs = dict(ladder(device.type == "cuda"))
+    if unknown := set(options.rungs) - set(rungs):
+        sys.exit(f"--rungs {' '.join(sorted(unknown))}: choose from {' '.join(rungs)}")
+    if options.child:
+        return measure(rungs[options.child], options)
+    keys = options.rungs or tuple(rungs)
+    found = {key: [] for key in keys}
+    for round in range(options.rounds):
+        for key in keys:
+            print(f"\rround {round + 1}/{options.rounds}: {key}          ", end="", file=sys.stderr, flush=True)
+            done = subprocess.run([sys.executable, *sys.argv, "--child", key], stdout=subprocess.PIPE, text=True,
+                                  env=os.environ | {"PYTHONWARNINGS": "ignore"})  # fmt: skip
+            if done.returncode == 0:
+                found[key].append(json.loads(done.stdout.splitlines()[-1]))
+            else:
+                print(f"\n{key} failed: its message stands above", file=sys.stderr)
+    print(file=sys.stderr)
+    peak = peak_flops(device)
+    print(f"{date.today()}; {hardware(device)}; torch {torch.__version__}, Python {platform.python_version()}. Model {options.model}, "
+          f"T={options.seq_len}; {options.steps} steps after three, {options.rounds} rounds in turns.\n")  # fmt: skip
+    if device.type != "cuda":
+        print("TF32 does not exist here.\n")
+    print("| rung | B | ms a step: median (min–max) | first step, s | tokens/s | MFU | peak memory, GB | × the rung before | × the first |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    rates = []
+    for key in keys:
+        runs = found[key]
+        if not runs:
+            print(f"| {rungs[key].name} | failed | | | | | | | |")
+            continue
+        ms = [1e3 * s for run in runs for s in run["seconds"]]
+        tokens = runs[0]["B"] * options.seq_len
+        rates.append(1e3 * tokens / statistics.median(ms))
+        mfu = f"{rates[-1] * runs[0]['flops'] / peak:.1%}" if peak else "–"
+        before = f"{rates[-1] / rates[-2]:.2f}" if len(rates) > 1 else ""
+        print(f"| {rungs[key].name} | {runs[0]['B']} | {statistics.median(ms):.1f} ({min(ms):.1f}–{max(ms):.1f}) | "
+              f"{runs[0]['first']:.1f} | {rates[-1]:,.0f} | {mfu} | {max(r['memory'] for r in runs) / 1e9:.2f} | {before} | "
+              f"{rates[-1] / rates[0]:.2f} |")  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(dict(
+            date=str(date.today()), hardware=hardware(device), torch=torch.__version__, model=options.model, seq_len=options.seq_len,
+            rungs={key: dict(asdict(rungs[key]), runs=found[key]) for key in keys}), indent=1))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
