@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import QUIET, log_of, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from train_gpt2 import GPT, GPTConfig, pick_device
+from train_gpt2 import GPT, Config, GPTConfig, free_memory, pick_device, pick_micro_batch_size
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -84,3 +84,28 @@ def test_compiled_sampling_equals_eager():
     prompts = [[1, 2, 3], [4]]
     plain = model.generate(prompts, 20, temperature=0)
     assert plain == model.generate(prompts, 20, temperature=0, next_logits=compiled) == model.generate(prompts, 20, temperature=0, use_cache=False)
+
+
+def test_auto_takes_the_largest_micro_batch_that_fits():
+    device = torch.device("cuda", 0)
+    config = Config(seq_len=256, total_batch_size=256 * 4096, compile=False)
+    model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=2, n_head=2, n_embd=128)).to(device)
+    optimizer = model.configure_optimizers(0.1, 1e-3)
+    autocast = torch.autocast("cuda", torch.bfloat16)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(4e9 / total)
+    try:
+        B = pick_micro_batch_size(model, model, optimizer, config, 1, autocast, device)
+        assert B & (B - 1) == 0 and 1 <= B < 4096
+        for size, fits in ((B, True), (2 * B, False)):
+            idx = torch.zeros(size, 256, dtype=torch.int64, device=device)
+            try:
+                with autocast:
+                    loss = model(idx, idx, return_logits=False)[1]
+                loss.backward()
+                assert fits
+            except torch.OutOfMemoryError:
+                assert not fits
+            free_memory(optimizer)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

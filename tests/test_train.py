@@ -82,7 +82,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_one(base, tmp
         assert log_of(tmp_path / "out")[stream] == pytest.approx(log_of(out)[stream], abs=1e-4)
     sizes.clear()
     refused = train(shards, tmp_path / "fixed", batch=4, check=False)  # what the user fixed, stays
-    assert "out of memory: lower --micro_batch_size 4" in refused.returncode
+    assert "out of memory: give --micro_batch_size a smaller number than now (4)" in refused.returncode
 
 
 @pytest.mark.parametrize("processes", [1, 2])
