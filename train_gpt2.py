@@ -207,7 +207,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradients):
         dtype = autocast_dtype(x)
-        x, weight, d_x, d_weight = x.to(dtype), weight.to(dtype), torch.empty_like(x), torch.zeros_like(weight)
+        d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight) if with_gradients else None
+        x, weight = x.to(dtype), weight.to(dtype)
         n, loss = (targets != -100).sum(), torch.zeros((), device=x.device)
         for rows, wanted, d_rows in zip(*(t.split(ChunkedCrossEntropy.CHUNK) for t in (x, targets, d_x))):
             logits = F.linear(rows, weight).float().requires_grad_()  # (CHUNK, V)
@@ -581,8 +582,8 @@ def pick_micro_batch_size(model, raw_model, optimizer, config, world_size, autoc
         loss.backward()
         return torch.cuda.max_memory_allocated(device) - before
 
-    moments = 0 if optimizer.state else 2 * sum(p.numel() for p in raw_model.parameters())
-    moments = torch.empty(moments, device=device)  # AdamW's, which are made in the first step
+    copies = 2 * (not optimizer.state) + dist.is_initialized()  # of the weights: AdamW's moments, DDP's buckets, still to come
+    reserve = torch.empty(copies * raw_model.num_params(), device=device)
     # A trial of the compiled model takes a compilation, so where to begin is reckoned from small passes without it, which
     # take more memory a sequence than compiled ones, by less than a factor of two.
     each = max(1, peak(raw_model, 2) - peak(raw_model, 1))
@@ -591,7 +592,7 @@ def pick_micro_batch_size(model, raw_model, optimizer, config, world_size, autoc
     B = torch.tensor(find_micro_batch_size(lambda B: peak(model, B), min(most, fit)), device=device)
     if dist.is_initialized():
         dist.all_reduce(B, dist.ReduceOp.MIN)
-    del moments
+    del reserve
     free_memory(optimizer)
     return int(B)
 
