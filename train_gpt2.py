@@ -458,7 +458,7 @@ class DataLoaderLite:
                  shuffle=False, seed=0, vocab_size=VOCAB_SIZE, pin_memory=False):  # fmt: skip
         self.paths = list_shards(data_dir, split)
         check_manifest(data_dir)  # finished, and all there? A folder that other scripts made has none to check
-        # Memory maps, so that only what is read takes memory; as plain arrays, whose slices are made ten times as fast.
+        # Memory maps, so that only what is read takes memory; as plain arrays, whose slices are made faster.
         self.shards = [open_shard(path).view(np.ndarray) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.B, self.T, self.rank, self.world_size = micro_batch_size, seq_len, rank, world_size
@@ -754,7 +754,7 @@ def pick_dtype(name, device):
 
 def keep_freed_memory():
     """Have glibc keep what is freed, rather than return every large tensor to the system and fault its pages in again at
-    the next step: on two CPU cores those faults took as long as the arithmetic."""
+    the next step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap, too
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

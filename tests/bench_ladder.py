@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt2  # noqa: E402
+from bench_hellaswag import hardware  # noqa: E402
 from train_gpt2 import GPT, SIZES, GPTConfig, peak_flops, pick_device, synchronize, training_step  # noqa: E402
 
 
@@ -133,15 +134,6 @@ def measure(rung, options):
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps(dict(seconds=seconds[3:], first=seconds[0], losses=losses, memory=memory, B=B,
                           flops=raw.flops_per_token(options.seq_len))))  # fmt: skip
-
-
-def hardware(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main():
