@@ -3,7 +3,7 @@
     python train_gpt2.py --demo                                   # any laptop: a small GPT-2 in two or three minutes
     python fineweb.py                                             # 10B tokens of FineWeb-Edu -> edu_fineweb10B/
     python train_gpt2.py                                          # one GPU; the defaults are the recipe
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py        # eight GPUs: the same batches, eight times as fast
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py        # eight GPUs share the same batches
     torchrun --nnodes=2 --node_rank=R --nproc_per_node=8 \\
         --master_addr=HOST --master_port=29500 train_gpt2.py      # two nodes, R = 0 on HOST and 1 on the other
     python train_gpt2.py --init_from gpt2 --sample_only           # sample OpenAI's weights

@@ -102,7 +102,7 @@ SAMPLES = [*TEXTS, "", " ", "\n\n\n  x", "a" * 3000, "<|endoftext|>",
 
 def test_tokenizer_equals_tiktokens_own(monkeypatch):
     if not (SHARED / "tiktoken").exists():
-        pytest.skip("no copy of tiktoken's files here")
+        pytest.skip("needs tiktoken's own files in ../shared/data/tiktoken")
     import tiktoken
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
     theirs, ours = tiktoken.get_encoding("gpt2"), tokenizer()
@@ -221,7 +221,7 @@ def test_text_column_and_other_types(tmp_path):
         assert tokens_of(tmp_path / f"out{i}") == reference(texts, 1000)
 
 
-@pytest.mark.skipif(not (SHARED / "corpus").exists(), reason="no corpus here")
+@pytest.mark.skipif(not (SHARED / "corpus").exists(), reason="needs real text in ../shared/data/corpus")
 def test_real_corpus(tmp_path):
     manifest = make(SHARED / "corpus/*.parquet", tmp_path, shard_size=1_000_000, workers=2)
     assert sum(s["tokens"] for s in manifest["shards"]) == 6_502_832
@@ -339,7 +339,7 @@ def wait_for(condition, seconds=30):
         time.sleep(0.02)
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs Linux: finds processes in /proc")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_the_main_process(tmp_path, how):
     command = [sys.executable, SCRIPT, "--source", busy_source(tmp_path), "--out", tmp_path / "out"]
@@ -445,7 +445,7 @@ def test_bad_input_is_one_sentence(tmp_path, case):
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="needs a user who is not root, who may read everything")
 def test_no_permission(tmp_path):
     path = named(tmp_path / "x.txt", b"a")
     path.chmod(0)
@@ -488,7 +488,7 @@ def test_full_disk(source, tmp_path):
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("cannot mount a small tmpfs here")
+        pytest.skip("needs root on Linux, to mount a small tmpfs")
     try:
         done = script("--source", source, "--out", disk / "out", "--shard_size", 1000, "--workers", 1)
         assert done.returncode == 1 and "Traceback" not in done.stderr

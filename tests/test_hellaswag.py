@@ -381,7 +381,7 @@ def test_index_is_the_line_where_the_file_has_none(tmp_path):
     assert [item.index for item in load_items(path)] == [0, 1]
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="the real items are not on this machine")
+@pytest.mark.skipif(not REAL.exists(), reason="needs the real items in ../shared/data/hellaswag")
 def test_real_file_loads_whole_and_fits_any_gpt2():
     items = load_items(REAL)
     assert len(items) == hellaswag.N_ITEMS
