@@ -20,12 +20,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import hellaswag  # noqa: E402
+from bench_hellaswag import FILES  # noqa: E402
 from fineweb import VOCAB_SIZE  # noqa: E402
 from train_gpt2 import (  # noqa: E402
     GPT, DataLoaderLite, GPTConfig, evaluate, keep_freed_memory, pick_device, pick_dtype, synchronize, training_step,
 )  # fmt: skip
-
-FILES = [ROOT / "../shared/data/hellaswag/hellaswag_val.jsonl", ROOT / "hellaswag/hellaswag_val.jsonl"]
 
 
 def private_memory():
