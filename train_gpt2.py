@@ -39,6 +39,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from fineweb import CORES, EOT, VOCAB_SIZE, UserError, check_manifest, list_shards, open_shard, tokenizer
 
@@ -126,6 +127,27 @@ class GPTConfig:
     n_embd: int = 768
 
 
+def causal_attention(q, k, v):
+    """
+    Each token attends to itself and to those before it. q, k, v: (B, H, T, D), returns the same. Flash attention, but for
+    bfloat16 on a CPU, where the plain form is faster. That is computed for some heads at a time, and once more in the backward
+    pass, so that there are never more than 2**24 attention weights (32 MB).
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    heads = max(1, 2**24 // q.size(2) ** 2)
+    parts = zip(*(t.flatten(0, 1).split(heads) for t in (q, k, v)))
+    return torch.cat([checkpoint(plain_attention, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]).view(q.shape)
+
+
+def plain_attention(q, k, v):
+    """softmax(q kᵀ / sqrt(D)) v (Vaswani et al. 2017, equation 1), with -inf where a token would look ahead. (heads, T, D)."""
+    T, D = q.shape[1:]
+    ahead = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    weights = torch.baddbmm(ahead, q, k.transpose(1, 2), alpha=D**-0.5).softmax(-1)  # (heads, T, T)
+    return weights @ v
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -139,7 +161,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # (2, B, H, S, D): keep these keys and values, attend to all that were kept
             slots = position_ids[:, None, :, None].expand_as(k)
             k, v = cache[0].scatter_(2, slots, k.to(cache.dtype)), cache[1].scatter_(2, slots, v.to(cache.dtype))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # flash attention
+        y = causal_attention(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -211,12 +233,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         x, weight = x.to(dtype), weight.to(dtype)
         n, loss = (targets != -100).sum(), torch.zeros((), device=x.device)
         for rows, wanted, d_rows in zip(*(t.split(ChunkedCrossEntropy.CHUNK) for t in (x, targets, d_x))):
-            logits = F.linear(rows, weight).float().requires_grad_()  # (CHUNK, V)
-            with torch.enable_grad():
-                part = F.cross_entropy(logits, wanted, reduction="sum")
-            loss += part.detach()
+            logits = F.linear(rows, weight).float()  # (CHUNK, V)
+            loss += F.cross_entropy(logits, wanted, reduction="sum")
             if with_gradients:
-                d_logits = torch.autograd.grad(part, logits)[0].to(dtype)
+                d_logits = logits.softmax(-1)  # the derivative: the probabilities, less 1 for the target
+                del logits  # so that the peak is lower by its 100 MB
+                d_logits[torch.arange(len(wanted)), wanted.clamp(min=0)] -= 1
+                d_logits[wanted == -100] = 0
+                d_logits = d_logits.to(dtype)
                 d_rows.copy_(d_logits @ weight)
                 d_weight += d_logits.t() @ rows
         ctx.save_for_backward(d_x, d_weight, n)
@@ -225,7 +249,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         d_x, d_weight, n = ctx.saved_tensors
-        return d_x * (d_loss / n), d_weight * (d_loss / n), None, None
+        return d_x.mul_(d_loss / n), d_weight.mul_(d_loss / n), None, None
 
 
 def autocast_dtype(tensor):
@@ -349,7 +373,10 @@ class GPT(nn.Module):
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        for p in params:  # made now, as AdamW would in its first step, where they would cut that step's memory to pieces
+            optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        return optimizer
 
     # -- generation
 
@@ -582,8 +609,7 @@ def pick_micro_batch_size(model, raw_model, optimizer, config, world_size, autoc
         loss.backward()
         return torch.cuda.max_memory_allocated(device) - before
 
-    copies = 2 * (not optimizer.state) + dist.is_initialized()  # of the weights: AdamW's moments, DDP's buckets, still to come
-    reserve = torch.empty(copies * raw_model.num_params(), device=device)
+    reserve = torch.empty(dist.is_initialized() * raw_model.num_params(), device=device)  # DDP's buckets, still to come
     # A trial of the compiled model takes a compilation, so where to begin is reckoned from small passes without it, which
     # take more memory a sequence than compiled ones, by less than a factor of two.
     each = max(1, peak(raw_model, 2) - peak(raw_model, 1))

@@ -2,8 +2,10 @@
 The lecture's ladder: what each optimization gives to one step of train_gpt2.py's own model and code, on this device.
 
     python tests/bench_ladder.py                                    # CUDA: 124M, B=16, T=1024; CPU: a small model
-    python tests/bench_ladder.py --model gpt2 --batch 4 --seq_len 512 --rungs shipped eager keep  # 124M on a CPU
+    python tests/bench_ladder.py --model gpt2 --batch 4 --seq_len 512 --rungs shipped eager plain  # 124M on a CPU
     python tests/bench_ladder.py --batch auto                       # the largest B that fits (CUDA)
+    python tests/bench_ladder.py --accum 4 --rungs none late adamw casts       # what train_gpt2.py does not do
+    python tests/bench_ladder.py --rungs ddp view static                       # all GPUs; two processes on a CPU
 
 Prints a Markdown table. Every rung is a process of its own, so that its peak memory is its own, and all rungs take turns, `rounds` times,
 because machines are noisy. "Shipped" is the form of the lecture's repository: bfloat16, eager, flash attention, vocabulary 50304, fused
@@ -21,12 +23,16 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -47,6 +53,11 @@ class Rung:
     fused: bool = False
     logits: bool = True  # of all positions, returned, as float32 in the loss
     keep: bool = False  # keep_freed_memory, CPU only
+    plain: bool = False  # plain attention where train_gpt2.causal_attention prefers it, CPU only
+    late: bool = False  # loss and norm of a step are read when the next one has been launched
+    adamw: bool = False  # AdamW and clipping compiled
+    casts: bool = False  # one autocast around all micro-steps, so that weights are cast once a step (eager mode)
+    ddp: dict | None = None  # two processes or as many as there are GPUs; arguments of DistributedDataParallel
 
 
 def ladder(cuda):
@@ -57,17 +68,27 @@ def ladder(cuda):
         ("tf32", "TF32", dict(tf32=True)), ("bfloat16", "bfloat16", dict(dtype="bfloat16")), ("compile", "torch.compile", dict(compile=True)),
         ("flash", "flash attention", dict(flash=True)), ("vocab", "vocabulary 50304", dict(vocab_size=50304)),
         ("fused", "fused AdamW", dict(fused=True)), ("loss", "no logits returned", dict(logits=False)),
-        ("keep", "freed memory kept (CPU)", dict(keep=True)),
+        ("keep", "freed memory kept (CPU)", dict(keep=True)), ("plain", "plain attention (CPU)", dict(plain=True)),
     ]:  # fmt: skip
         rung = replace(rung, name="+ " + name, **change)
         if cuda or key != "tf32":
             rungs.append((key, rung))
     if cuda:
-        rungs = [r for r in rungs if r[0] != "keep"]
+        rungs = [r for r in rungs if r[0] not in ("keep", "plain")]
         rungs.append(("autotune", replace(rung, name="the same, max-autotune-no-cudagraphs", mode="max-autotune-no-cudagraphs")))
     eager = replace(rung, name="the last rung of ours without compile", compile=False)
-    shipped = replace(eager, name="as the lecture's repository ships it", logits=True, keep=False)
+    shipped = replace(eager, name="as the lecture's repository ships it", logits=True, keep=False, plain=False)
     return rungs + [("eager", eager), ("shipped", shipped)]
+
+
+def candidates(cuda):
+    """[(key, Rung)] of what train_gpt2.py does not do, measured only if asked for: the last rung of ours, and one change each."""
+    rung = replace(dict(ladder(cuda))["plain" if not cuda else "loss"], compile=cuda)
+    pairs = [("none", "without any candidate", {}), ("late", "loss and norm read a step late", dict(late=True)),
+             ("adamw", "AdamW and clipping compiled", dict(adamw=True)), ("casts", "weights cast once a step", dict(casts=True)),
+             ("ddp", "DDP", dict(ddp={})), ("view", "DDP, gradients in its buckets", dict(ddp=dict(gradient_as_bucket_view=True))),
+             ("static", "DDP, static graph", dict(ddp=dict(static_graph=True)))]  # fmt: skip
+    return [(key, replace(rung, name=name, **change)) for key, name, change in pairs]
 
 
 @dataclass
@@ -77,7 +98,8 @@ class Options:
     seq_len: int = 1024 if torch.cuda.is_available() else 256  # tokens
     steps: int = 20 if torch.cuda.is_available() else 5  # measured, after three that are not
     rounds: int = 2  # times that every rung runs, in turns; medians are over all
-    rungs: tuple[str, ...] = ()  # keys of the ladder, in the table's order; all unless given
+    accum: int = 1  # micro-steps of a step
+    rungs: tuple[str, ...] = ()  # keys of ladder() and candidates(), in the table's order; all of the ladder unless given
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     json: Path | None = None  # write all figures to this file
     child: str = ""  # internal: measure this rung and print JSON
@@ -88,6 +110,8 @@ def build(rung, options, device):
         torch.set_float32_matmul_precision("high")
     if rung.keep:
         train_gpt2.keep_freed_memory()
+    if not rung.plain:
+        train_gpt2.causal_attention = partial(F.scaled_dot_product_attention, is_causal=True)
     torch.manual_seed(0)
     shape = SIZES.get(options.model, dict(n_layer=4, n_head=4, n_embd=256))
     raw = GPT(GPTConfig(max(1024, options.seq_len), rung.vocab_size, **shape)).to(device)
@@ -96,7 +120,14 @@ def build(rung, options, device):
         optimizer = torch.optim.AdamW(optimizer.param_groups, lr=6e-4, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
         for group in optimizer.param_groups:
             group.update(fused=False)
+    if rung.adamw:  # a compiled step wants the form that it can see through
+        for group in optimizer.param_groups:
+            group.update(fused=False, foreach=True)
+        optimizer.step = torch.compile(optimizer.step)
+        train_gpt2.nn.utils.clip_grad_norm_ = torch.compile(train_gpt2.nn.utils.clip_grad_norm_)
     model = torch.compile(raw, dynamic=False, mode=rung.mode) if rung.compile else raw
+    if rung.ddp is not None:
+        model = DistributedDataParallel(model, **rung.ddp)
 
     def with_logits(x, y, return_logits):
         return model(x, y)
@@ -106,7 +137,11 @@ def build(rung, options, device):
 
 def measure(rung, options):
     """One JSON line: seconds of each step, losses, peak bytes, floating point operations a token."""
-    device = pick_device(options.device)
+    device = pick_device(options.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if rung.ddp is not None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     raw, optimizer, model = build(rung, options, device)
     dtype = getattr(torch, rung.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -116,22 +151,33 @@ def measure(rung, options):
         B = train_gpt2.pick_micro_batch_size(model, raw, optimizer, config, 1, autocast, device)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(50257, (B, options.seq_len + 1), generator=generator).to(device) for _ in range(4)]
+    batches = [torch.randint(50257, (B, options.seq_len + 1), generator=generator).to(device) for _ in range(4 * options.accum)]
+    batches = [(tokens[:, :-1], tokens[:, 1:]) for tokens in batches]
     attention = nullcontext() if rung.flash else sdpa_kernel(SDPBackend.MATH)
-    seconds, losses = [], []
+    inner, outer = (nullcontext(), autocast) if rung.casts else (autocast, nullcontext())
+    seconds, losses, unread = [], [], []
+    synchronize(device)
+    start = time.perf_counter()
     with attention:
         for step in range(3 + options.steps):
-            tokens = batches[step % len(batches)]
-            synchronize(device)
-            start = time.perf_counter()
-            loss, norm = training_step(model, [(tokens[:, :-1], tokens[:, 1:])], 1, optimizer, scaler, autocast, 1.0)
-            losses.append(loss.item())  # as in the loop: a synchronisation
-            norm.item()
-            seconds.append(time.perf_counter() - start)
+            now = [batches[(step * options.accum + i) % len(batches)] for i in range(options.accum)]
+            with outer:
+                unread.append(training_step(model, now, options.accum, optimizer, scaler, inner, 1.0))
+            while len(unread) > rung.late:
+                loss, norm = unread.pop(0)
+                losses.append(loss.item())  # as in the loop: a synchronisation
+                norm.item()
+            end = time.perf_counter()
+            seconds.append(end - start)
+            start = end
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if rung.ddp is not None:
+        dist.destroy_process_group()
+        if int(os.environ["RANK"]):
+            return
     print(json.dumps(dict(seconds=seconds[3:], first=seconds[0], losses=losses, memory=memory, B=B,
                           flops=raw.flops_per_token(options.seq_len))))  # fmt: skip
 
@@ -139,17 +185,19 @@ def measure(rung, options):
 def main():
     options = tyro.cli(Options, description=__doc__)
     device = pick_device(options.device)
-    rungs = dict(ladder(device.type == "cuda"))
+    rungs = dict(ladder(device.type == "cuda") + candidates(device.type == "cuda"))
     if unknown := set(options.rungs) - set(rungs):
         sys.exit(f"--rungs {' '.join(sorted(unknown))}: choose from {' '.join(rungs)}")
     if options.child:
         return measure(rungs[options.child], options)
-    keys = options.rungs or tuple(rungs)
+    keys = options.rungs or tuple(key for key, _ in ladder(device.type == "cuda"))
+    processes = torch.cuda.device_count() if device.type == "cuda" else 2
     found = {key: [] for key in keys}
     for round in range(options.rounds):
         for key in keys:
             print(f"\rround {round + 1}/{options.rounds}: {key}          ", end="", file=sys.stderr, flush=True)
-            done = subprocess.run([sys.executable, *sys.argv, "--child", key], stdout=subprocess.PIPE, text=True,
+            launcher = [] if rungs[key].ddp is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            done = subprocess.run([sys.executable, *launcher, *sys.argv, "--child", key], stdout=subprocess.PIPE, text=True,
                                   env=os.environ | {"PYTHONWARNINGS": "ignore"})  # fmt: skip
             if done.returncode == 0:
                 found[key].append(json.loads(done.stdout.splitlines()[-1]))
@@ -170,7 +218,7 @@ def main():
             print(f"| {rungs[key].name} | failed | | | | | | | |")
             continue
         ms = [1e3 * s for run in runs for s in run["seconds"]]
-        tokens = runs[0]["B"] * options.seq_len
+        tokens = runs[0]["B"] * options.seq_len * options.accum * (1 if rungs[key].ddp is None else processes)
         rates.append(1e3 * tokens / statistics.median(ms))
         mfu = f"{rates[-1] * runs[0]['flops'] / peak:.1%}" if peak else "–"
         before = f"{rates[-1] / rates[-2]:.2f}" if len(rates) > 1 else ""

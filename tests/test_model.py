@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fineweb import EOT, VOCAB_SIZE, UserError
-from train_gpt2 import GPT, SIZES, ChunkedCrossEntropy, Config, GPTConfig, get_lr, transpose_conv1d
+from train_gpt2 import (
+    GPT, SIZES, ChunkedCrossEntropy, Config, GPTConfig, causal_attention, get_lr, plain_attention, transpose_conv1d,
+)  # fmt: skip
 
 
 def make_hf(directory, **changes):
@@ -162,6 +165,25 @@ def test_the_chunked_loss_equals_cross_entropy(tiny, monkeypatch, chunk, dtype, 
         assert (gradients[1][name] - plain).norm() <= tolerance * plain.norm(), name
     with torch.no_grad():
         assert tiny(idx, targets, return_logits=False)[1].item() == pytest.approx(tiny(idx, targets)[1].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("T, heads", [(1, 2), (33, 6), (1024, 18)])  # 18 heads of 1024 tokens are done in two parts
+def test_attention_on_the_cpu_in_bfloat16_equals_that_in_float64(T, heads):
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(1, T, heads, 16, generator=generator).transpose(1, 2).bfloat16() for _ in range(4)]
+    found = []
+    for attention, dtype in ((causal_attention, torch.bfloat16), (partial(F.scaled_dot_product_attention, is_causal=True), torch.float64)):
+        q, k, v, dy = (t.to(dtype).detach().requires_grad_() for t in values)
+        y = attention(q, k, v)
+        found.append([y.detach(), *torch.autograd.grad(y, (q, k, v), dy)])
+    for ours, exact in zip(*found):
+        assert ours.dtype == torch.bfloat16 and ours.shape == exact.shape
+        assert (ours.double() - exact).norm() <= 0.01 * exact.norm() + 1e-6  # seen: 0.004
+
+
+def test_plain_attention_equals_that_of_torch_in_float32():
+    q, k, v = torch.randn(3, 6, 33, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    torch.testing.assert_close(plain_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), rtol=1e-5, atol=1e-5)
 
 
 def test_too_long_a_context_is_said(tiny):
