@@ -1,6 +1,6 @@
 """Reproduce GPT-2 (124M): load OpenAI's weights or train from scratch, validate, score HellaSwag, sample.
 
-    python train_gpt2.py --demo                                   # any laptop: a small GPT-2 in two or three minutes
+    python train_gpt2.py --demo                                   # any laptop: a small GPT-2 in a minute or three
     python fineweb.py                                             # 10B tokens of FineWeb-Edu -> edu_fineweb10B/
     python train_gpt2.py                                          # one GPU; the defaults are the recipe
     torchrun --standalone --nproc_per_node=8 train_gpt2.py        # eight GPUs share the same batches
@@ -603,13 +603,15 @@ def pick_micro_batch_size(model, raw_model, optimizer, config, world_size, autoc
         free_memory(optimizer)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+        # Unlike the loader's slices in strides, so that DDP compiles its own graph, cut into its buckets, and not this one again.
         idx = torch.zeros(B, config.seq_len, dtype=torch.int64, device=device)
         with autocast:
             loss = model(idx, idx, return_logits=False)[1]
         loss.backward()
         return torch.cuda.max_memory_allocated(device) - before
 
-    reserve = torch.empty(dist.is_initialized() * raw_model.num_params(), device=device)  # DDP's buckets, still to come
+    copies = 1 + dist.is_initialized() + 2 * (not optimizer.state)  # of the weights: summed gradients, DDP's buckets, moments
+    reserve = torch.empty(copies * raw_model.num_params(), device=device)
     # A trial of the compiled model takes a compilation, so where to begin is reckoned from small passes without it, which
     # take more memory a sequence than compiled ones, by less than a factor of two.
     each = max(1, peak(raw_model, 2) - peak(raw_model, 1))
@@ -1039,8 +1041,8 @@ def main(argv=None):
             print(f"train_gpt2.py: {e}", file=sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError:
-        sys.exit(f"train_gpt2.py: out of memory: give --micro_batch_size a smaller number than now ({config.micro_batch_size}); "
-                 "the global batch stays the same")
+        now = "the line that begins with batch: names it" if config.micro_batch_size == "auto" else config.micro_batch_size
+        sys.exit(f"train_gpt2.py: out of memory: give --micro_batch_size a smaller number than now ({now}); the global batch stays the same")
     except KeyboardInterrupt:
         sys.exit(f"train_gpt2.py: interrupted; --resume goes on from the newest checkpoint in {config.out_dir}")
 

@@ -85,6 +85,7 @@ def main():
     print("| precision | form | items/s | against the plain loop | same picks (acc, acc_norm) | largest difference of a loss |")
     print("|---|---|---:|---:|---:|---:|")
     for dtype in (torch.float32, torch.bfloat16):
+        torch._dynamo.reset()  # the number of graphs that may be compiled is limited
         forms = {"plain loop": lambda: plain_loop(model, items, device), "hellaswag.py": lambda: score(model, items, device)}
         if compiled:
             forms["hellaswag.py, compiled"] = lambda: score(model, items, device, compile=True)
@@ -102,6 +103,7 @@ def main():
             print(f"| {str(dtype)[6:]} | {name} | {len(items) / median:.2f} | {plain / median:.2f}x | {same[0]}, {same[1]} of {len(items)} "
                   f"| {(losses[name].double() - reference).abs().max():.1e} |", flush=True)  # fmt: skip
     if device.type == "cuda":
+        torch._dynamo.reset()
         items = load_items(path)
         with torch.autocast(device.type, torch.bfloat16):
             first, rest = timed(lambda: score(model, items, device, compile=True))[0], []

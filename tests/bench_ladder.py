@@ -85,9 +85,11 @@ def candidates(cuda):
     """[(key, Rung)] of what train_gpt2.py does not do, measured only if asked for: the last rung of ours, and one change each."""
     rung = replace(dict(ladder(cuda))["plain" if not cuda else "loss"], compile=cuda)
     pairs = [("none", "without any candidate", {}), ("late", "loss and norm read a step late", dict(late=True)),
-             ("adamw", "AdamW and clipping compiled", dict(adamw=True)), ("casts", "weights cast once a step", dict(casts=True)),
+             ("adamw", "AdamW and clipping compiled", dict(adamw=True)), ("casts", "without compile, weights cast once a step", dict(casts=True, compile=False)),
              ("ddp", "DDP", dict(ddp={})), ("view", "DDP, gradients in its buckets", dict(ddp=dict(gradient_as_bucket_view=True))),
              ("static", "DDP, static graph", dict(ddp=dict(static_graph=True)))]  # fmt: skip
+    if not cuda:
+        pairs.append(("flash_cpu", "flash attention in bfloat16", dict(plain=False)))
     return [(key, replace(rung, name=name, **change)) for key, name, change in pairs]
 
 
@@ -110,6 +112,7 @@ def build(rung, options, device):
         torch.set_float32_matmul_precision("high")
     if rung.keep:
         train_gpt2.keep_freed_memory()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else bfloat16's attention without flash is done in float32
     if not rung.plain:
         train_gpt2.causal_attention = partial(F.scaled_dot_product_attention, is_causal=True)
     torch.manual_seed(0)
@@ -122,7 +125,7 @@ def build(rung, options, device):
             group.update(fused=False)
     if rung.adamw:  # a compiled step wants the form that it can see through
         for group in optimizer.param_groups:
-            group.update(fused=False, foreach=True)
+            group.update(fused=False, foreach=True, capturable=device.type == "cuda")
         optimizer.step = torch.compile(optimizer.step)
         train_gpt2.nn.utils.clip_grad_norm_ = torch.compile(train_gpt2.nn.utils.clip_grad_norm_)
     model = torch.compile(raw, dynamic=False, mode=rung.mode) if rung.compile else raw
@@ -145,20 +148,20 @@ def measure(rung, options):
     raw, optimizer, model = build(rung, options, device)
     dtype = getattr(torch, rung.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    B = options.batch
+    B, attention = options.batch, nullcontext if rung.flash else partial(sdpa_kernel, SDPBackend.MATH)
     if B == "auto":
         config = train_gpt2.Config(seq_len=options.seq_len, total_batch_size=2**19)
-        B = train_gpt2.pick_micro_batch_size(model, raw, optimizer, config, 1, autocast, device)
+        with attention():
+            B = train_gpt2.pick_micro_batch_size(model, raw, optimizer, config, 1, autocast, device)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(50257, (B, options.seq_len + 1), generator=generator).to(device) for _ in range(4 * options.accum)]
     batches = [(tokens[:, :-1], tokens[:, 1:]) for tokens in batches]
-    attention = nullcontext() if rung.flash else sdpa_kernel(SDPBackend.MATH)
     inner, outer = (nullcontext(), autocast) if rung.casts else (autocast, nullcontext())
     seconds, losses, unread = [], [], []
     synchronize(device)
     start = time.perf_counter()
-    with attention:
+    with attention():
         for step in range(3 + options.steps):
             now = [batches[(step * options.accum + i) % len(batches)] for i in range(options.accum)]
             with outer:
@@ -188,6 +191,8 @@ def main():
     rungs = dict(ladder(device.type == "cuda") + candidates(device.type == "cuda"))
     if unknown := set(options.rungs) - set(rungs):
         sys.exit(f"--rungs {' '.join(sorted(unknown))}: choose from {' '.join(rungs)}")
+    if any(rungs[key].ddp is not None for key in options.rungs) and (options.batch == "auto" or options.accum > 1):
+        sys.exit("the rungs of DDP take one micro-step, --accum 1, of a --batch that is a number")
     if options.child:
         return measure(rungs[options.child], options)
     keys = options.rungs or tuple(key for key, _ in ladder(device.type == "cuda"))
@@ -218,9 +223,10 @@ def main():
             print(f"| {rungs[key].name} | failed | | | | | | | |")
             continue
         ms = [1e3 * s for run in runs for s in run["seconds"]]
-        tokens = runs[0]["B"] * options.seq_len * options.accum * (1 if rungs[key].ddp is None else processes)
+        devices = 1 if rungs[key].ddp is None else processes
+        tokens = runs[0]["B"] * options.seq_len * options.accum * devices
         rates.append(1e3 * tokens / statistics.median(ms))
-        mfu = f"{rates[-1] * runs[0]['flops'] / peak:.1%}" if peak else "–"
+        mfu = f"{rates[-1] * runs[0]['flops'] / (peak * devices):.1%}" if peak else "–"
         before = f"{rates[-1] / rates[-2]:.2f}" if len(rates) > 1 else ""
         print(f"| {rungs[key].name} | {runs[0]['B']} | {statistics.median(ms):.1f} ({min(ms):.1f}–{max(ms):.1f}) | "
               f"{runs[0]['first']:.1f} | {rates[-1]:,.0f} | {mfu} | {max(r['memory'] for r in runs) / 1e9:.2f} | {before} | "
