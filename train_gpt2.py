@@ -137,7 +137,8 @@ def causal_attention(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     heads = max(1, 2**24 // q.size(2) ** 2)
     parts = zip(*(t.flatten(0, 1).split(heads) for t in (q, k, v)))
-    return torch.cat([checkpoint(plain_attention, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]).view(q.shape)
+    done = [checkpoint(plain_attention, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.cat(done).view(q.shape)
 
 
 def plain_attention(q, k, v):
@@ -375,7 +376,8 @@ class GPT(nn.Module):
         ]
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
         for p in params:  # made now, as AdamW would in its first step, where they would cut that step's memory to pieces
-            optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            optimizer.state[p] = dict(step=torch.zeros((), device=p.device), **moments)
         return optimizer
 
     # -- generation
@@ -1042,7 +1044,8 @@ def main(argv=None):
         sys.exit(1)
     except torch.OutOfMemoryError:
         now = "the line that begins with batch: names it" if config.micro_batch_size == "auto" else config.micro_batch_size
-        sys.exit(f"train_gpt2.py: out of memory: give --micro_batch_size a smaller number than now ({now}); the global batch stays the same")
+        sys.exit(f"train_gpt2.py: out of memory: give --micro_batch_size a smaller number than now ({now}); "
+                 "the global batch stays the same")
     except KeyboardInterrupt:
         sys.exit(f"train_gpt2.py: interrupted; --resume goes on from the newest checkpoint in {config.out_dir}")
 

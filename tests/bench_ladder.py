@@ -201,7 +201,8 @@ def main():
     for round in range(options.rounds):
         for key in keys:
             print(f"\rround {round + 1}/{options.rounds}: {key}          ", end="", file=sys.stderr, flush=True)
-            launcher = [] if rungs[key].ddp is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            launcher = [] if rungs[key].ddp is None else torchrun
             done = subprocess.run([sys.executable, *launcher, *sys.argv, "--child", key], stdout=subprocess.PIPE, text=True,
                                   env=os.environ | {"PYTHONWARNINGS": "ignore"})  # fmt: skip
             if done.returncode == 0:
