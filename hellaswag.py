@@ -435,6 +435,10 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if not re.search(r"C(\+\+)? compiler", str(error)):
+            raise
+        sys.exit("torch.compile finds no C++ compiler on this machine: install gcc or clang, or add --no-compile")
     except KeyboardInterrupt:
         sys.exit(130)
 

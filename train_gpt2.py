@@ -27,6 +27,7 @@ import re
 import shutil
 import sys
 import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -103,7 +104,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of matrix products; weights stay float32
     matmul_precision: Literal["highest", "high", "medium"] = "high"  # float32 products on CUDA; high is TF32
-    compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; on by itself where CUDA is
+    compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; on by itself where CUDA is; gains on a CPU in long runs
 
 
 # A real tokenizer and a real loss curve, sized for two laptop cores.
@@ -772,14 +773,22 @@ def pick_device(name="auto", local_rank=0):
 
 
 def pick_dtype(name, device):
-    """torch.dtype of the matrix products. auto takes bfloat16 where the hardware multiplies it, else float16 on CUDA, else
-    float32."""
+    """torch.dtype of the matrix products. auto takes bfloat16 where the hardware multiplies it well, else float16 on CUDA,
+    else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    bf16_cpu = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.bfloat16 if bf16_cpu else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and bfloat16_pays() else torch.float32
+
+
+def bfloat16_pays():
+    """Whether this CPU multiplies bfloat16 faster than float32, by the clock, in some 40 ms: there are CPUs with instructions
+    for it that are half as fast, and others that are twice as fast."""
+    full, half = torch.ones(1024, 1024), torch.ones(1024, 1024, dtype=torch.bfloat16)
+    seconds = [[timeit.timeit(lambda: F.linear(w[:256], w), number=1) for w in (full, half)] for _ in range(5)]
+    float32, bfloat16 = map(min, zip(*seconds))
+    return bfloat16 < float32
 
 
 def keep_freed_memory():
@@ -1046,6 +1055,10 @@ def main(argv=None):
         now = "the line that begins with batch: names it" if config.micro_batch_size == "auto" else config.micro_batch_size
         sys.exit(f"train_gpt2.py: out of memory: give --micro_batch_size a smaller number than now ({now}); "
                  "the global batch stays the same")
+    except RuntimeError as e:
+        if not re.search(r"C(\+\+)? compiler", str(e)):
+            raise
+        sys.exit("train_gpt2.py: torch.compile finds no C++ compiler on this machine: install gcc or clang, or add --no-compile")
     except KeyboardInterrupt:
         sys.exit(f"train_gpt2.py: interrupted; --resume goes on from the newest checkpoint in {config.out_dir}")
 

@@ -2,10 +2,11 @@
 The lecture's ladder: what each optimization gives to one step of train_gpt2.py's own model and code, on this device.
 
     python tests/bench_ladder.py                                    # CUDA: 124M, B=16, T=1024; CPU: a small model
-    python tests/bench_ladder.py --model gpt2 --batch 4 --seq_len 512 --rungs shipped eager plain  # 124M on a CPU
+    python tests/bench_ladder.py --model gpt2 --batch 4 --seq_len 512 --rungs shipped eager auto   # 124M on a CPU
     python tests/bench_ladder.py --batch auto                       # the largest B that fits (CUDA)
     python tests/bench_ladder.py --accum 4 --rungs none late adamw casts       # what train_gpt2.py does not do
     python tests/bench_ladder.py --rungs ddp view static                       # all GPUs; two processes on a CPU
+    python tests/bench_ladder.py --data edu_fineweb10B --steps 47 --rounds 1 --rungs shipped auto  # loss curves over 50 steps
 
 Prints a Markdown table. Every rung is a process of its own, so that its peak memory is its own, and all rungs take turns, `rounds` times,
 because machines are noisy. "Shipped" is the form of the lecture's repository: bfloat16, eager, flash attention, vocabulary 50304, fused
@@ -38,14 +39,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt2  # noqa: E402
 from bench_hellaswag import hardware  # noqa: E402
-from train_gpt2 import GPT, SIZES, GPTConfig, peak_flops, pick_device, synchronize, training_step  # noqa: E402
+from train_gpt2 import GPT, SIZES, DataLoaderLite, GPTConfig, get_lr, peak_flops, pick_device, synchronize, training_step  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Rung:
     name: str
     tf32: bool = False
-    dtype: str = "float32"
+    dtype: str = "float32"  # or "auto": what train_gpt2.py takes
     compile: bool = False
     mode: str = "default"  # of torch.compile
     flash: bool = False
@@ -69,27 +70,28 @@ def ladder(cuda):
         ("flash", "flash attention", dict(flash=True)), ("vocab", "vocabulary 50304", dict(vocab_size=50304)),
         ("fused", "fused AdamW", dict(fused=True)), ("loss", "no logits returned", dict(logits=False)),
         ("keep", "freed memory kept (CPU)", dict(keep=True)), ("plain", "plain attention (CPU)", dict(plain=True)),
+        ("auto", "float32 where it is faster than bfloat16 (CPU)", dict(dtype="auto")),
     ]:  # fmt: skip
         rung = replace(rung, name="+ " + name, **change)
         if cuda or key != "tf32":
             rungs.append((key, rung))
     if cuda:
-        rungs = [r for r in rungs if r[0] not in ("keep", "plain")]
+        rungs = [r for r in rungs if r[0] not in ("keep", "plain", "auto")]
         rungs.append(("autotune", replace(rung, name="the same, max-autotune-no-cudagraphs", mode="max-autotune-no-cudagraphs")))
     eager = replace(rung, name="the last rung of ours without compile", compile=False)
-    shipped = replace(eager, name="as the lecture's repository ships it", logits=True, keep=False, plain=False)
+    shipped = replace(eager, name="as the lecture's repository ships it", logits=True, keep=False, plain=False, dtype="bfloat16")
     return rungs + [("eager", eager), ("shipped", shipped)]
 
 
 def candidates(cuda):
     """[(key, Rung)] of what train_gpt2.py does not do, measured only if asked for: the last rung of ours, and one change each."""
-    rung = replace(dict(ladder(cuda))["plain" if not cuda else "loss"], compile=cuda)
+    rung = replace(dict(ladder(cuda))["auto" if not cuda else "loss"], compile=cuda)
     pairs = [("none", "without any candidate", {}), ("late", "loss and norm read a step late", dict(late=True)),
              ("adamw", "AdamW and clipping compiled", dict(adamw=True)), ("casts", "without compile, weights cast once a step", dict(casts=True, compile=False)),
              ("ddp", "DDP", dict(ddp={})), ("view", "DDP, gradients in its buckets", dict(ddp=dict(gradient_as_bucket_view=True))),
              ("static", "DDP, static graph", dict(ddp=dict(static_graph=True)))]  # fmt: skip
     if not cuda:
-        pairs.append(("flash_cpu", "flash attention in bfloat16", dict(plain=False)))
+        pairs.append(("flash_cpu", "flash attention", dict(plain=False)))
     return [(key, replace(rung, name=name, **change)) for key, name, change in pairs]
 
 
@@ -101,6 +103,7 @@ class Options:
     steps: int = 20 if torch.cuda.is_available() else 5  # measured, after three that are not
     rounds: int = 2  # times that every rung runs, in turns; medians are over all
     accum: int = 1  # micro-steps of a step
+    data: Path | None = None  # train on these shards, and compare the losses with the first row's; made tokens unless given
     rungs: tuple[str, ...] = ()  # keys of ladder() and candidates(), in the table's order; all of the ladder unless given
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     json: Path | None = None  # write all figures to this file
@@ -146,7 +149,7 @@ def measure(rung, options):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     raw, optimizer, model = build(rung, options, device)
-    dtype = getattr(torch, rung.dtype)
+    dtype = train_gpt2.pick_dtype(rung.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     B, attention = options.batch, nullcontext if rung.flash else partial(sdpa_kernel, SDPBackend.MATH)
     if B == "auto":
@@ -154,19 +157,26 @@ def measure(rung, options):
         with attention():
             B = train_gpt2.pick_micro_batch_size(model, raw, optimizer, config, 1, autocast, device)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
+    recipe = train_gpt2.Config()
+    if options.data:
+        loader = DataLoaderLite(options.data, "train", B, options.seq_len, B * options.seq_len * options.accum, shuffle=True,
+                                seed=recipe.seed, pin_memory=device.type == "cuda")  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(50257, (B, options.seq_len + 1), generator=generator).to(device) for _ in range(4 * options.accum)]
-    batches = [(tokens[:, :-1], tokens[:, 1:]) for tokens in batches]
+    made = [torch.randint(50257, (B, options.seq_len + 1), generator=generator).to(device) for _ in range(4 * options.accum)]
+    made = [(tokens[:, :-1], tokens[:, 1:]) for tokens in made]
     inner, outer = (nullcontext(), autocast) if rung.casts else (autocast, nullcontext())
     seconds, losses, unread = [], [], []
     synchronize(device)
     start = time.perf_counter()
     with attention():
         for step in range(3 + options.steps):
-            now = [batches[(step * options.accum + i) % len(batches)] for i in range(options.accum)]
+            first = step * options.accum % len(made)
+            now = loader.batches(step, device) if options.data else made[first : first + options.accum]
+            for group in optimizer.param_groups:
+                group["lr"] = get_lr(step, recipe)
             with outer:
                 unread.append(training_step(model, now, options.accum, optimizer, scaler, inner, 1.0))
-            while len(unread) > rung.late:
+            while len(unread) > (rung.late and step < options.steps + 2):
                 loss, norm = unread.pop(0)
                 losses.append(loss.item())  # as in the loop: a synchronisation
                 norm.item()
@@ -215,9 +225,10 @@ def main():
           f"T={options.seq_len}; {options.steps} steps after three, {options.rounds} rounds in turns.\n")  # fmt: skip
     if device.type != "cuda":
         print("TF32 does not exist here.\n")
-    print("| rung | B | ms a step: median (min–max) | first step, s | tokens/s | MFU | peak memory, GB | × the rung before | × the first |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    rates = []
+    print("| rung | B | ms a step: median (min–max) | first step, s | tokens/s | MFU | peak memory, GB | × the rung before | × the first |"
+          + (" last loss | largest difference of a loss from the first row's |" if options.data else ""))  # fmt: skip
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|" + ("---:|---:|" if options.data else ""))
+    rates, reference = [], None
     for key in keys:
         runs = found[key]
         if not runs:
@@ -231,7 +242,13 @@ def main():
         before = f"{rates[-1] / rates[-2]:.2f}" if len(rates) > 1 else ""
         print(f"| {rungs[key].name} | {runs[0]['B']} | {statistics.median(ms):.1f} ({min(ms):.1f}–{max(ms):.1f}) | "
               f"{runs[0]['first']:.1f} | {rates[-1]:,.0f} | {mfu} | {max(r['memory'] for r in runs) / 1e9:.2f} | {before} | "
-              f"{rates[-1] / rates[0]:.2f} |")  # fmt: skip
+              f"{rates[-1] / rates[0]:.2f} |", end="")  # fmt: skip
+        if options.data:
+            losses, reference = runs[0]["losses"], reference or (key, runs[0]["losses"])
+            same = rungs[key].vocab_size == rungs[reference[0]].vocab_size  # else the weights begin differently
+            difference = max(abs(a - b) for a, b in zip(losses, reference[1]))
+            print(f" {losses[-1]:.4f} | {f'{difference:.1e}' if same else '–'} |", end="")
+        print()
     if options.json:
         options.json.write_text(json.dumps(dict(
             date=str(date.today()), hardware=hardware(device), torch=torch.__version__, model=options.model, seq_len=options.seq_len,

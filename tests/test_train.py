@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUIET, ROOT, TINY, log_of, run, run_here, write_shards
+from torch._inductor.exc import InvalidCxxCompiler
 from transformers import GPT2LMHeadModel
 
+import hellaswag
 import train_gpt2
 from train_gpt2 import Config, Log, find_checkpoints, load_checkpoint, peak_flops, pick_device, pick_dtype, read_log
 
@@ -163,6 +165,19 @@ def test_compiled_training_validation_and_sampling_agree_with_eager(shards, tmp_
     assert done.stdout.count("> Hello, I'm a language model,") == 3 * 4
 
 
+def test_compiling_without_a_compiler_is_one_sentence(base, tmp_path, monkeypatch):
+    def compile(*args, **kw):
+        raise InvalidCxxCompiler()  # as the first compiled call does, with the words of torch
+
+    monkeypatch.setattr(torch, "compile", compile)
+    checkpoint, items = base[1] / "step_00008", tmp_path / "items.jsonl"
+    items.write_text(json.dumps(dict(ind=0, activity_label="", ctx="A man", label=0, endings=["eats", "runs", "sings", "sleeps"])))
+    hellaswag.compiled_token_losses.cache_clear()
+    for main, args in ((train_gpt2.main, ["--init_from", checkpoint, "--sample_only"]), (hellaswag.main, ["--model", checkpoint, "--data", items])):
+        with pytest.raises(SystemExit, match="install gcc or clang, or add --no-compile"):
+            main([*map(str, args), "--device", "cpu", "--compile"])
+
+
 def test_samples_of_a_checkpoint(base):
     done = run_here("--init_from", base[1] / "step_00008", "--sample_only", "--prompt", "Once", "--num_samples", 2,
                     "--sample_tokens", 5, "--device", "cpu", "--no-compile")  # fmt: skip
@@ -239,6 +254,9 @@ def test_log_keeps_only_what_the_resumed_step_has_seen(tmp_path):
 def test_device_precision_and_peak(monkeypatch):
     cpu = torch.device("cpu")
     assert pick_device("cpu") == cpu and pick_dtype("float16", cpu) == torch.float16 and peak_flops(cpu) is None
+    for pays, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(train_gpt2, "bfloat16_pays", lambda pays=pays: pays)
+        assert pick_dtype("auto", cpu) == dtype and pick_dtype("auto", torch.device("mps")) == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert pick_dtype("auto", torch.device("cuda", 1)) == torch.float16  # a V100 or T4
     names = {"NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200": 989, "NVIDIA L4": 121,
@@ -246,6 +264,14 @@ def test_device_precision_and_peak(monkeypatch):
     for name, tflops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
+
+
+def test_a_cpu_takes_bfloat16_if_its_products_are_faster(monkeypatch):
+    clock = iter([5.0, 9.0, 2.0, 1.0, 3.0, 9.0, 3.0, 9.0, 3.0, 9.0])  # float32 and bfloat16 in turns; the least of each counts
+    monkeypatch.setattr(train_gpt2.timeit, "timeit", lambda product, number: product() is not None and next(clock))
+    assert train_gpt2.bfloat16_pays()
+    clock = iter([1.0, 2.0] * 5)
+    assert not train_gpt2.bfloat16_pays()
 
 
 def test_checkpoint_of_a_foreign_shape_is_refused(base):
