@@ -20,10 +20,12 @@ from train_gpt2 import Config, Log, find_checkpoints, load_checkpoint, peak_flop
 STEPS = "--max_steps 8 --warmup_steps 2 --max_lr 1e-2 --min_lr 1e-3 --total_batch_size 256 --val_every 4 --val_tokens 500".split()
 
 
-def train(shards, out, *args, batch=4, alone=False, check=True, **kw):
+def train(shards, out, *args, batch=4, alone=False, processes=1, check=True, env=None):
     """A run in this process, or as a user starts it: alone, with its own environment, or with several processes."""
     args = [*TINY, *QUIET, *STEPS, "--data_dir", shards, "--out_dir", out, "--micro_batch_size", batch, *args]
-    return run("train_gpt2.py", *args, check=check, **kw) if alone or kw else run_here(*args, check=check)
+    if alone or processes > 1 or env:
+        return run("train_gpt2.py", *args, processes=processes, check=check, env=env)
+    return run_here(*args, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,14 @@ def base(tmp_path_factory):
     shards = write_shards(folder / "shards")
     done = train(shards, folder / "out", "--save_every", 4, alone=True)
     return shards, folder / "out", done.stdout
+
+
+@pytest.fixture(scope="module")
+def base_of_two(base, tmp_path_factory):
+    """The log and checkpoints of the same run by two processes."""
+    out = tmp_path_factory.mktemp("base_of_two") / "out"
+    train(base[0], out, "--save_every", 4, processes=2)
+    return out
 
 
 def test_the_log_and_the_screen(base):
@@ -49,10 +59,14 @@ def test_the_log_and_the_screen(base):
 
 
 @pytest.mark.parametrize("batch, processes", [(2, 1), (8, 1), (2, 2), (4, 2)])
-def test_accumulation_and_processes_and_one_big_batch_agree(base, tmp_path, batch, processes):
-    shards, out, _ = base
-    train(shards, tmp_path / "out", batch=batch, processes=processes)
-    ours, theirs = log_of(tmp_path / "out"), log_of(out)
+def test_accumulation_and_processes_and_one_big_batch_agree(base, request, tmp_path, batch, processes):
+    shards, base_out, _ = base
+    if (batch, processes) == (4, 2):
+        out = request.getfixturevalue("base_of_two")
+    else:
+        out = tmp_path / "out"
+        train(shards, out, batch=batch, processes=processes)
+    ours, theirs = log_of(out), log_of(base_out)
     for stream in ("train", "norm", "val"):
         assert list(ours[stream]) == list(theirs[stream])
         for step, value in theirs[stream].items():
@@ -88,11 +102,10 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_one(base, tmp
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_resuming_gives_the_same_bits(base, tmp_path, processes):
+def test_resuming_gives_the_same_bits(base, request, tmp_path, processes):
     shards, whole, _ = base
     if processes == 2:
-        whole = tmp_path / "whole"
-        train(shards, whole, "--save_every", 4, processes=2)
+        whole = request.getfixturevalue("base_of_two")
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     shutil.rmtree(out / "step_00008")  # as if it had stopped in step 6: a longer log than the checkpoint
