@@ -65,6 +65,7 @@ def ladder(cuda):
     """[(key, Rung)], each with one change more than the one before, then those that stand beside it."""
     rung = Rung("float32")
     rungs = [("float32", rung)]
+    elsewhere = ("keep", "plain", "auto") if cuda else ("tf32",)
     for key, name, change in [
         ("tf32", "TF32", dict(tf32=True)), ("bfloat16", "bfloat16", dict(dtype="bfloat16")), ("compile", "torch.compile", dict(compile=True)),
         ("flash", "flash attention", dict(flash=True)), ("vocab", "vocabulary 50304", dict(vocab_size=50304)),
@@ -72,11 +73,10 @@ def ladder(cuda):
         ("keep", "freed memory kept (CPU)", dict(keep=True)), ("plain", "plain attention (CPU)", dict(plain=True)),
         ("auto", "float32 where it is faster than bfloat16 (CPU)", dict(dtype="auto")),
     ]:  # fmt: skip
-        rung = replace(rung, name="+ " + name, **change)
-        if cuda or key != "tf32":
+        if key not in elsewhere:
+            rung = replace(rung, name="+ " + name, **change)
             rungs.append((key, rung))
     if cuda:
-        rungs = [r for r in rungs if r[0] not in ("keep", "plain", "auto")]
         rungs.append(("autotune", replace(rung, name="the same, max-autotune-no-cudagraphs", mode="max-autotune-no-cudagraphs")))
     eager = replace(rung, name="the last rung of ours without compile", compile=False)
     shipped = replace(eager, name="as the lecture's repository ships it", logits=True, keep=False, plain=False, dtype="bfloat16")
