@@ -27,13 +27,14 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Callable, Literal
+from typing import BinaryIO, Callable, Literal, NoReturn
 
 import numpy as np
 import tiktoken
@@ -54,6 +55,15 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 class UserError(Exception):
     """A mistake of the user's, or a fault of their machine, in one sentence: main prints it and exits with 1."""
+
+
+def stop(message: str) -> NoReturn:
+    """Say what is wrong and exit with 1. Under torchrun rank 0 speaks, and its exit ends the others before they do; what only
+    another rank knows, that one says."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(3)
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 def vocabulary(name: str) -> str:

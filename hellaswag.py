@@ -49,7 +49,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fineweb import UserError, tokenizer
+from fineweb import UserError, stop, tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 N_ITEMS = 10042  # lines of that file
@@ -432,13 +432,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         print(compare(*config.compare)) if config.compare else run(config)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        sys.exit(1)
+        stop(str(error))
     except RuntimeError as error:
         if not re.search(r"C(\+\+)? compiler", str(error)):
             raise
-        sys.exit("torch.compile finds no C++ compiler on this machine: install gcc or clang, or add --no-compile")
+        stop("torch.compile finds no C++ compiler on this machine: install gcc or clang, or add --no-compile")
     except KeyboardInterrupt:
         sys.exit(130)
 

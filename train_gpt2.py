@@ -24,6 +24,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -42,7 +43,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fineweb import CORES, EOT, VOCAB_SIZE, UserError, check_manifest, list_shards, open_shard, tokenizer
+from fineweb import CORES, EOT, VOCAB_SIZE, UserError, check_manifest, list_shards, open_shard, stop, tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: one knob a line; tyro makes the command line, and its help, from this class.
@@ -104,7 +105,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of matrix products; weights stay float32
     matmul_precision: Literal["highest", "high", "medium"] = "high"  # float32 products on CUDA; high is TF32
-    compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; on by itself where CUDA is; gains on a CPU in long runs
+    compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile; on where CUDA is
 
 
 # A real tokenizer and a real loss curve, sized for two laptop cores.
@@ -311,7 +312,9 @@ class GPT(nn.Module):
         vocabulary, context and depth. Raises UserError if it cannot be had or is no plain GPT-2."""
         from transformers import GPT2Config, GPT2LMHeadModel  # half a second, so only where it is needed
 
-        if not Path(name_or_dir).is_dir() and (str(name_or_dir)[:1] in "./~" or str(name_or_dir).count("/") > 1):
+        path, name = Path(name_or_dir), str(name_or_dir)
+        local = name[:1] in "./~" or name.count("/") > 1 or ("/" in name and path.parent.is_dir())  # else a name on the hub
+        if local and not path.is_dir():
             raise UserError(f"{name_or_dir}: no such directory; name one that holds config.json and model.safetensors")
         try:
             hf_config = GPT2Config.from_pretrained(name_or_dir)
@@ -783,12 +786,15 @@ def pick_dtype(name, device):
 
 
 def bfloat16_pays():
-    """Whether this CPU multiplies bfloat16 faster than float32, by the clock, in some 40 ms: there are CPUs with instructions
-    for it that are half as fast, and others that are twice as fast."""
+    """Whether this CPU multiplies bfloat16 faster than float32, by the clock, in less than 0.1 s: there are CPUs with instructions
+    for it that are half as fast, and others that are twice as fast. Rank 0 decides for all."""
     full, half = torch.ones(1024, 1024), torch.ones(1024, 1024, dtype=torch.bfloat16)
     seconds = [[timeit.timeit(lambda: F.linear(w[:256], w), number=1) for w in (full, half)] for _ in range(5)]
     float32, bfloat16 = map(min, zip(*seconds))
-    return bfloat16 < float32
+    pays = torch.tensor(bfloat16 < float32)
+    if dist.is_initialized():
+        dist.broadcast(pays, 0)
+    return bool(pays)
 
 
 def keep_freed_memory():
@@ -800,14 +806,17 @@ def keep_freed_memory():
 
 
 def make_demo_shards(config):
-    """Tokenize the documentation that ships with every CPython into config.data_dir; nothing to do the second time."""
+    """Tokenize the documentation that ships with every CPython into config.data_dir; nothing to do the second time, or if it
+    holds the user's own shards."""
     from pydoc_data.topics import topics
 
     import fineweb
 
+    source = Path(config.data_dir) / "python_docs.jsonl"
+    if not source.exists() and any(source.parent.glob("*")):
+        return
     texts = list(topics.values())
     random.Random(0).shuffle(texts)  # they are in alphabetical order, and the first tenth will be for validation
-    source = Path(config.data_dir) / "python_docs.jsonl"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     fineweb.build(fineweb.Config(source=str(source), out=config.data_dir, workers=0))
@@ -815,13 +824,18 @@ def make_demo_shards(config):
 
 def check(config, world_size):
     """Refuse, in one sentence, what cannot work."""
-    for name in ("total_batch_size", "micro_batch_size", "seq_len", "val_tokens", "num_samples"):
-        if getattr(config, name) != "auto" and getattr(config, name) < 1:
+    sizes = ("n_layer", "n_head", "n_embd", "block_size")
+    for name in ("total_batch_size", "micro_batch_size", "seq_len", "val_tokens", "num_samples", *sizes):
+        if getattr(config, name) not in ("auto", None) and getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if type(value) in (int, float) and not value >= 0:
-            raise UserError(f"--{f.name} {value}: must not be negative")
+            raise UserError(f"--{f.name} {value}: must not be negative or nan")
+    if config.seed >= 2**63:
+        raise UserError(f"--seed {config.seed}: must be less than 2**63")
+    if Path(config.out_dir).exists() and not Path(config.out_dir).is_dir():
+        raise UserError(f"--out_dir {config.out_dir}: is a file; name a directory")
     B = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
     if config.total_batch_size % (B * config.seq_len * world_size):
         raise UserError(
@@ -889,13 +903,17 @@ def train(config):
     if device.type == "cuda":
         torch.set_float32_matmul_precision(config.matmul_precision)
     dtype = pick_dtype(config.dtype, device)
+    config = replace(config, dtype=str(dtype).removeprefix("torch."))  # checkpoints remember it
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     T = config.seq_len
 
     # Model: the raw one serves weights, optimizer and sampling; `model` is compiled; `ddp_model` averages gradients.
     checkpoint = find_checkpoints(config.out_dir)[-1:] if config.resume else []
-    if not config.resume and not config.sample_only and (Path(config.out_dir) / "log.txt").exists():
+    log_file = Path(config.out_dir) / "log.txt"
+    if not config.resume and not config.sample_only and log_file.exists() and log_file.stat().st_size:
         raise UserError(f"{config.out_dir} holds a run already: add --resume to continue it, or choose another --out_dir")
+    if config.sample_only and config.init_from == "scratch" and not checkpoint:
+        raise UserError("--sample_only needs weights: add --init_from gpt2, or --init_from and a checkpoint such as log/step_19073")
     raw_model, state = load_checkpoint(checkpoint[0][1], config) if checkpoint else (new_model(config), None)
     V = raw_model.config.vocab_size
     if V < VOCAB_SIZE and (config.sample_every or config.hellaswag_every):
@@ -914,8 +932,11 @@ def train(config):
     start_step = 0
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless it was float16
+            scaler.load_state_dict(state["scaler"])
         start_step = state["step"]
+        if (before := state["config"]["dtype"]) not in ("auto", config.dtype):
+            print0(f"warning: trained in {before} up to here; from now on in {config.dtype}, unless you give --dtype {before}")
     B = config.micro_batch_size
     if B == "auto":
         B = pick_micro_batch_size(model, raw_model, optimizer, config, world_size, autocast, device)
@@ -948,6 +969,8 @@ def train(config):
         print0(f"the first loss should be near ln {V} = {math.log(V):.4f}, that of a uniform guess over the vocabulary")
     if config.resume:
         print0(f"resuming {checkpoint[0][1]}" if checkpoint else f"no checkpoint in {config.out_dir}: starting at step 0")
+        if start_step >= config.max_steps:
+            print0(f"nothing is left to do: --max_steps is {config.max_steps}")
 
     items = None
     if config.hellaswag_every:
@@ -1033,8 +1056,8 @@ def train(config):
     saved = find_checkpoints(config.out_dir)
     if saved:
         print0(f"""checkpoint: {saved[-1][1]} (Hugging Face's GPT2LMHeadModel.from_pretrained loads it too). Next:
-  python train_gpt2.py --init_from {saved[-1][1]} --sample_only --prompt "{config.prompt}"
-  python hellaswag.py --model {saved[-1][1]}
+  python train_gpt2.py --init_from {shlex.quote(str(saved[-1][1]))} --sample_only --prompt {shlex.quote(config.prompt)}
+  python hellaswag.py --model {shlex.quote(str(saved[-1][1]))}
   jupyter notebook play.ipynb  # plots {log.path}""")
     if ddp:
         dist.destroy_process_group()
@@ -1048,17 +1071,15 @@ def main(argv=None):
     try:
         train(config)
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train_gpt2.py: {e}", file=sys.stderr)
-        sys.exit(1)
+        stop(f"train_gpt2.py: {e}")
     except torch.OutOfMemoryError:
         now = "the line that begins with batch: names it" if config.micro_batch_size == "auto" else config.micro_batch_size
-        sys.exit(f"train_gpt2.py: out of memory: give --micro_batch_size a smaller number than now ({now}); "
-                 "the global batch stays the same")
+        stop(f"train_gpt2.py: out of memory: give --micro_batch_size a smaller number than now ({now}); "
+             "the global batch stays the same")  # fmt: skip
     except RuntimeError as e:
         if not re.search(r"C(\+\+)? compiler", str(e)):
             raise
-        sys.exit("train_gpt2.py: torch.compile finds no C++ compiler on this machine: install gcc or clang, or add --no-compile")
+        stop("train_gpt2.py: torch.compile finds no C++ compiler on this machine: install gcc or clang, or add --no-compile")
     except KeyboardInterrupt:
         sys.exit(f"train_gpt2.py: interrupted; --resume goes on from the newest checkpoint in {config.out_dir}")
 

@@ -91,7 +91,7 @@ def candidates(cuda):
              ("ddp", "DDP", dict(ddp={})), ("view", "DDP, gradients in its buckets", dict(ddp=dict(gradient_as_bucket_view=True))),
              ("static", "DDP, static graph", dict(ddp=dict(static_graph=True)))]  # fmt: skip
     if not cuda:
-        pairs.append(("flash_cpu", "flash attention", dict(plain=False)))
+        pairs.append(("flash_cpu", "flash attention", dict(plain=False, dtype="bfloat16")))
     return [(key, replace(rung, name=name, **change)) for key, name, change in pairs]
 
 
@@ -201,8 +201,8 @@ def main():
     rungs = dict(ladder(device.type == "cuda") + candidates(device.type == "cuda"))
     if unknown := set(options.rungs) - set(rungs):
         sys.exit(f"--rungs {' '.join(sorted(unknown))}: choose from {' '.join(rungs)}")
-    if any(rungs[key].ddp is not None for key in options.rungs) and (options.batch == "auto" or options.accum > 1):
-        sys.exit("the rungs of DDP take one micro-step, --accum 1, of a --batch that is a number")
+    if any(rungs[key].ddp is not None for key in options.rungs) and (options.batch == "auto" or options.accum > 1 or options.data):
+        sys.exit("the rungs of DDP take one micro-step, --accum 1, of a --batch that is a number, without --data")
     if options.child:
         return measure(rungs[options.child], options)
     keys = options.rungs or tuple(key for key, _ in ladder(device.type == "cuda"))
@@ -232,7 +232,7 @@ def main():
     for key in keys:
         runs = found[key]
         if not runs:
-            print(f"| {rungs[key].name} | failed | | | | | | | |")
+            print(f"| {rungs[key].name} | failed |" + " |" * (9 if options.data else 7))
             continue
         ms = [1e3 * s for run in runs for s in run["seconds"]]
         devices = 1 if rungs[key].ddp is None else processes

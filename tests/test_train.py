@@ -98,7 +98,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_one(base, tmp
         assert log_of(tmp_path / "out")[stream] == pytest.approx(log_of(out)[stream], abs=1e-4)
     sizes.clear()
     refused = train(shards, tmp_path / "fixed", batch=4, check=False)  # what the user fixed, stays
-    assert "out of memory: give --micro_batch_size a smaller number than now (4)" in refused.returncode
+    assert "out of memory: give --micro_batch_size a smaller number than now (4)" in refused.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -178,7 +178,7 @@ def test_compiled_training_validation_and_sampling_agree_with_eager(shards, tmp_
     assert done.stdout.count("> Hello, I'm a language model,") == 3 * 4
 
 
-def test_compiling_without_a_compiler_is_one_sentence(base, tmp_path, monkeypatch):
+def test_compiling_without_a_compiler_is_one_sentence(base, tmp_path, monkeypatch, capsys):
     def compile(*args, **kw):
         raise InvalidCxxCompiler()  # as the first compiled call does, with the words of torch
 
@@ -187,8 +187,9 @@ def test_compiling_without_a_compiler_is_one_sentence(base, tmp_path, monkeypatc
     items.write_text(json.dumps(dict(ind=0, activity_label="", ctx="A man", label=0, endings=["eats", "runs", "sings", "sleeps"])))
     hellaswag.compiled_token_losses.cache_clear()
     for main, args in ((train_gpt2.main, ["--init_from", checkpoint, "--sample_only"]), (hellaswag.main, ["--model", checkpoint, "--data", items])):
-        with pytest.raises(SystemExit, match="install gcc or clang, or add --no-compile"):
+        with pytest.raises(SystemExit):
             main([*map(str, args), "--device", "cpu", "--compile"])
+        assert capsys.readouterr().err.strip().endswith("install gcc or clang, or add --no-compile")
 
 
 def test_samples_of_a_checkpoint(base):
@@ -213,12 +214,46 @@ def test_wrong_use_is_one_sentence(base, tmp_path):
     refused("--total_batch_size", 200, sentence="--total_batch_size 200 is not a multiple of")
     refused("--micro_batch_size", 0, sentence="--micro_batch_size 0: must be at least 1")
     refused("--max_steps", -1, sentence="--max_steps -1: must not be negative")
+    refused("--n_layer", 0, sentence="--n_layer 0: must be at least 1")
+    refused("--max_lr", "nan", sentence="--max_lr nan: must not be negative or nan")
+    refused("--seed", 2**64, sentence="must be less than 2**63")
+    refused(out_dir=shards / "made_val_000000.npy", sentence="made_val_000000.npy: is a file")
+    refused("--init_from", out / "step_00009", sentence="step_00009: no such directory")
+    refused("--sample_only", sentence="--sample_only needs weights")
     refused("--n_head", 5, sentence="--n_embd 32 is not a multiple of --n_head 5")
     refused("--seq_len", 64, "--block_size", 32, sentence="--seq_len 64 is longer than the model's context of 32")
     refused("--init_from", "./nothing", sentence="./nothing: no such directory")
     if not torch.cuda.is_available():
         refused("--device", "cuda", sentence="--device cuda: this machine")
     assert (out / "log.txt").read_bytes() == before and not (tmp_path / "out").exists()
+
+
+def test_what_one_rank_knows_is_said_once(base, tmp_path):
+    done = train(base[0], tmp_path / "out", "--n_head", 5, processes=2, check=False)
+    assert done.returncode and done.stderr.count("train_gpt2.py: --n_embd 32 is not a multiple of --n_head 5") == 1, done.stderr
+
+
+def test_resuming_in_another_precision_is_a_warning(base, tmp_path):
+    shutil.copytree(base[1], tmp_path / "out")
+    done = train(base[0], tmp_path / "out", "--resume", "--dtype", "float16", "--max_steps", 9)
+    assert "warning: trained in float32 up to here; from now on in float16" in done.stdout
+    assert math.isfinite(log_of(tmp_path / "out")["train"][8])
+    done = train(base[0], tmp_path / "out", "--resume", "--dtype", "float16", "--max_steps", 9)
+    assert "warning" not in done.stdout and "nothing is left to do" in done.stdout
+
+
+def test_a_run_that_failed_before_its_first_record_may_begin_again(shards, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(train_gpt2, "evaluate", lambda *args: {}["failed"])
+        train(shards, tmp_path / "out")
+    assert (tmp_path / "out/log.txt").exists()
+    train(shards, tmp_path / "out", "--max_steps", 1)
+
+
+def test_demo_settings_train_on_the_users_own_shards_too(shards, tmp_path):
+    before = sorted(shards.iterdir())
+    done = train(shards, tmp_path / "out", "--demo", "--save_every", 0, "--max_steps", 1)
+    assert "6,000 tokens in 2 train shards" in done.stdout and sorted(shards.iterdir()) == before
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0(shards, tmp_path):
@@ -280,11 +315,18 @@ def test_device_precision_and_peak(monkeypatch):
 
 
 def test_a_cpu_takes_bfloat16_if_its_products_are_faster(monkeypatch):
-    clock = iter([5.0, 9.0, 2.0, 1.0, 3.0, 9.0, 3.0, 9.0, 3.0, 9.0])  # float32 and bfloat16 in turns; the least of each counts
-    monkeypatch.setattr(train_gpt2.timeit, "timeit", lambda product, number: product() is not None and next(clock))
+    timed = []
+
+    def timeit(product, number):
+        timed.append(product().dtype)
+        return next(clock)
+
+    monkeypatch.setattr(train_gpt2.timeit, "timeit", timeit)
+    clock = iter([5.0, 9.0, 2.0, 1.0, 3.0, 9.0, 3.0, 9.0, 3.0, 9.0])  # the least of each counts
     assert train_gpt2.bfloat16_pays()
     clock = iter([1.0, 2.0] * 5)
     assert not train_gpt2.bfloat16_pays()
+    assert timed == [torch.float32, torch.bfloat16] * 10
 
 
 def test_checkpoint_of_a_foreign_shape_is_refused(base):
