@@ -1,6 +1,6 @@
 """Reproduce GPT-2 (124M): load OpenAI's weights or train from scratch, validate, score HellaSwag, sample.
 
-    python train_gpt2.py --demo                                   # any laptop: a small GPT-2 in a minute or three
+    python train_gpt2.py --demo                                   # any laptop: a small GPT-2 in a few minutes
     python fineweb.py                                             # 10B tokens of FineWeb-Edu -> edu_fineweb10B/
     python train_gpt2.py                                          # one GPU; the defaults are the recipe
     torchrun --standalone --nproc_per_node=8 train_gpt2.py        # eight GPUs share the same batches
@@ -786,8 +786,8 @@ def pick_dtype(name, device):
 
 
 def bfloat16_pays():
-    """Whether this CPU multiplies bfloat16 faster than float32, by the clock, in less than 0.1 s: there are CPUs with instructions
-    for it that are half as fast, and others that are twice as fast. Rank 0 decides for all."""
+    """Whether this CPU multiplies bfloat16 faster than float32, by the clock, in less than 0.1 s: to have instructions for it says
+    little, they may be half as fast. Rank 0 decides for all."""
     full, half = torch.ones(1024, 1024), torch.ones(1024, 1024, dtype=torch.bfloat16)
     seconds = [[timeit.timeit(lambda: F.linear(w[:256], w), number=1) for w in (full, half)] for _ in range(5)]
     float32, bfloat16 = map(min, zip(*seconds))
@@ -824,8 +824,7 @@ def make_demo_shards(config):
 
 def check(config, world_size):
     """Refuse, in one sentence, what cannot work."""
-    sizes = ("n_layer", "n_head", "n_embd", "block_size")
-    for name in ("total_batch_size", "micro_batch_size", "seq_len", "val_tokens", "num_samples", *sizes):
+    for name in ("total_batch_size", "micro_batch_size", "seq_len", "val_tokens", "num_samples", "block_size", *SIZES["gpt2"]):
         if getattr(config, name) not in ("auto", None) and getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     for f in dataclasses.fields(config):

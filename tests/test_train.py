@@ -228,7 +228,7 @@ def test_wrong_use_is_one_sentence(base, tmp_path):
     assert (out / "log.txt").read_bytes() == before and not (tmp_path / "out").exists()
 
 
-def test_what_one_rank_knows_is_said_once(base, tmp_path):
+def test_a_mistake_under_torchrun_is_said_once(base, tmp_path):
     done = train(base[0], tmp_path / "out", "--n_head", 5, processes=2, check=False)
     assert done.returncode and done.stderr.count("train_gpt2.py: --n_embd 32 is not a multiple of --n_head 5") == 1, done.stderr
 
