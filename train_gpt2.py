@@ -129,25 +129,26 @@ class GPTConfig:
     n_embd: int = 768
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, rows=256):
     """
     Each token attends to itself and to those before it. q, k, v: (B, H, T, D), returns the same. Flash attention, but for
-    bfloat16 on a CPU, where the plain form is faster. That is computed for some heads at a time, and once more in the backward
-    pass, so that there are never more than 2**24 attention weights (32 MB).
+    bfloat16 on a CPU, where the plain form is faster. There, `rows` queries at a time look at the keys up to their own, which
+    spares half of a long context; the attention weights are computed once more in the backward pass rather than kept.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    heads = max(1, 2**24 // q.size(2) ** 2)
-    parts = zip(*(t.flatten(0, 1).split(heads) for t in (q, k, v)))
+    shape, (q, k, v) = q.shape, (t.flatten(0, 1) for t in (q, k, v))  # (B·H, T, D)
+    parts = [(q[:, i : i + rows], k[:, : i + rows], v[:, : i + rows]) for i in range(0, q.size(1), rows)]
     done = [checkpoint(plain_attention, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return torch.cat(done).view(q.shape)
+    return torch.cat(done, dim=1).view(shape)
 
 
 def plain_attention(q, k, v):
-    """softmax(q kᵀ / sqrt(D)) v (Vaswani et al. 2017, equation 1), with -inf where a token would look ahead. (heads, T, D)."""
-    T, D = q.shape[1:]
-    ahead = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    weights = torch.baddbmm(ahead, q, k.transpose(1, 2), alpha=D**-0.5).softmax(-1)  # (heads, T, T)
+    """softmax(q kᵀ / sqrt(D)) v (Vaswani et al. 2017, equation 1) for the last t of T tokens: q (heads, t, D), k and v (heads, T, D).
+    Scores are -inf where a token would look ahead."""
+    t, T, D = q.size(1), k.size(1), q.size(2)
+    ahead = torch.full((t, T), -math.inf, dtype=q.dtype).triu(T - t + 1)
+    weights = torch.baddbmm(ahead, q, k.transpose(1, 2), alpha=D**-0.5).softmax(-1)  # (heads, t, T)
     return weights @ v
 
 
@@ -232,27 +233,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradients):
         dtype = autocast_dtype(x)
-        d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight) if with_gradients else None
-        x, weight = x.to(dtype), weight.to(dtype)
-        n, loss = (targets != -100).sum(), torch.zeros((), device=x.device)
-        for rows, wanted, d_rows in zip(*(t.split(ChunkedCrossEntropy.CHUNK) for t in (x, targets, d_x))):
-            logits = F.linear(rows, weight).float()  # (CHUNK, V)
-            loss += F.cross_entropy(logits, wanted, reduction="sum")
+        d_x, d_weight = torch.zeros_like(x), torch.zeros_like(weight) if with_gradients else None
+        x, weight, loss = x.to(dtype), weight.to(dtype), torch.zeros((), device=x.device)
+        counted = (targets != -100).nonzero()[:, 0]
+        for chunk in counted.split(ChunkedCrossEntropy.CHUNK):
+            rows, wanted = x[chunk], targets[chunk]
+            log_p = F.linear(rows, weight).float().log_softmax(-1)  # (CHUNK, V)
+            loss += F.nll_loss(log_p, wanted, reduction="sum")
             if with_gradients:
-                d_logits = logits.softmax(-1)  # the derivative: the probabilities, less 1 for the target
-                del logits  # so that the peak is lower by its 100 MB
-                d_logits[torch.arange(len(wanted)), wanted.clamp(min=0)] -= 1
-                d_logits[wanted == -100] = 0
+                d_logits = log_p.exp_()  # the derivative: the probabilities, less 1 for the target
+                d_logits[torch.arange(len(chunk)), wanted] -= 1
                 d_logits = d_logits.to(dtype)
-                d_rows.copy_(d_logits @ weight)
+                d_x[chunk] = (d_logits @ weight).to(d_x.dtype)
                 d_weight += d_logits.t() @ rows
-        ctx.save_for_backward(d_x, d_weight, n)
-        return loss / n
+        ctx.n = len(counted)
+        ctx.save_for_backward(d_x, d_weight)
+        return loss / ctx.n
 
     @staticmethod
     def backward(ctx, d_loss):
-        d_x, d_weight, n = ctx.saved_tensors
-        return d_x.mul_(d_loss / n), d_weight.mul_(d_loss / n), None, None
+        return *(t.mul_(d_loss / ctx.n) for t in ctx.saved_tensors), None, None
 
 
 def autocast_dtype(tensor):
