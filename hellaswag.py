@@ -404,10 +404,12 @@ class Config:
 
 
 def run(config: Config) -> None:
-    from train_gpt2 import GPT, pick_device, pick_dtype  # only here: nothing above knows what a GPT is
+    from train_gpt2 import GPT, keep_freed_memory, pick_device, pick_dtype  # only here: nothing above knows what a GPT is
 
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(config.device, local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     if "RANK" in os.environ:
         if device.type == "cuda":
             torch.cuda.set_device(device)
