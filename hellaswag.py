@@ -404,16 +404,9 @@ class Config:
 
 
 def run(config: Config) -> None:
-    from train_gpt2 import GPT, keep_freed_memory, pick_device, pick_dtype  # only here: nothing above knows what a GPT is
+    from train_gpt2 import GPT, init_processes, pick_dtype  # only here: nothing above knows what a GPT is
 
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = pick_device(config.device, local_rank)
-    if device.type == "cpu":
-        keep_freed_memory()
-    if "RANK" in os.environ:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world_size, device = init_processes(config.device)
     try:
         dtype = pick_dtype(config.dtype, device)
         items = load_items(config.data, config.limit, config.style)

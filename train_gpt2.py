@@ -228,7 +228,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     eager mode; torch.compile fuses the plain form, and was faster with it. x: (N, C), weight: (V, C), targets: (N,) int64.
     """
 
-    CHUNK = 512  # tokens
+    CHUNK = 256  # tokens
 
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradients):
@@ -243,6 +243,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if with_gradients:
                 d_logits = log_p.exp_()  # the derivative: the probabilities, less 1 for the target
                 d_logits[torch.arange(len(chunk)), wanted] -= 1
+                del log_p  # so that the next line frees its 50 MB
                 d_logits = d_logits.to(dtype)
                 d_x[chunk] = (d_logits @ weight).to(d_x.dtype)
                 d_weight += d_logits.t() @ rows
@@ -805,6 +806,24 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def init_processes(device_name="auto"):
+    """(rank, world_size, device), which mean the same with and without torchrun: nothing after this has a special case. Under
+    torchrun the processes find each other, and share a CPU's cores, of which torchrun allows each process one."""
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = pick_device(device_name, local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if "RANK" not in os.environ:
+        return rank, world_size, device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        torch.set_num_threads(max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        dist.init_process_group("gloo")
+    return rank, world_size, device
+
+
 def make_demo_shards(config):
     """Tokenize the documentation that ships with every CPython into config.data_dir; nothing to do the second time, or if it
     holds the user's own shards."""
@@ -872,22 +891,9 @@ def duration(seconds):
 
 
 def train(config):
-    # Processes: these names mean the same with and without torchrun, and nothing below has a special case.
-    ddp = "RANK" in os.environ
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    master = rank == 0
+    rank, world_size, device = init_processes(config.device)
+    ddp, master = dist.is_initialized(), rank == 0
     check(config, world_size)
-    device = pick_device(config.device, local_rank)
-    if device.type == "cpu":
-        keep_freed_memory()
-        if ddp:  # torchrun allows each process one thread
-            torch.set_num_threads(max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if ddp:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
 
     def print0(*args):
         if master:
@@ -1018,19 +1024,19 @@ def train(config):
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        scale, loss = scaler.get_scale(), None
-        while loss is None:
+        scale = scaler.get_scale()
+        while True:
+            batches = loader.batches(0 if config.overfit_one_batch else step, device)
             try:
-                batches = loader.batches(0 if config.overfit_one_batch else step, device)
                 loss, norm = training_step(ddp_model, batches, accum, optimizer, scaler, autocast, config.grad_clip)
+                break
             except torch.OutOfMemoryError:
                 if config.micro_batch_size != "auto" or B == 1 or ddp:  # other processes would wait for this one
                     raise
-            if loss is None:  # out of the except clause, which holds on to the memory
-                B, accum = B // 2, accum * 2
-                loader.B = B
-                print0(f"step {step}: out of memory, so from now on {B} sequences x {accum} micro-steps")
-                free_memory(optimizer)
+            B, accum = B // 2, accum * 2  # out of the except clause, which holds on to the memory
+            loader.B = B
+            print0(f"step {step}: out of memory, so from now on {B} sequences x {accum} micro-steps")
+            free_memory(optimizer)
         loss, norm = loss.item(), norm.item()  # the one place where the host waits for the device
         seconds = time.perf_counter() - t0
         # -------------------------------------------------
