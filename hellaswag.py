@@ -55,7 +55,7 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 N_ITEMS = 10042  # lines of that file
 DATA = "hellaswag/hellaswag_val.jsonl"
 MAX_SHAPES = 8  # of compiled batches: torch.compile gives a function up after 8 (torch._dynamo.config.recompile_limit)
-SLICE = 1024  # predicted tokens a time: logits of all those of a batch would take gigabytes
+VOCAB_SLICE = 4096  # vocabulary rows a time: logits of all 50257 would take gigabytes, and leave the cache of a CPU
 
 Style = Literal["completion", "harness"]
 
@@ -246,14 +246,10 @@ def token_losses(model, grid, scored):
     hidden = hidden if torch.is_tensor(hidden) else hidden[0]  # Hugging Face's GPT2Model returns an output object
     hidden = hidden.flatten(0, 1)[scored[0]]  # (S, C)
     # Cross entropy is log(sum(exp(logits))) - logits[target], over all rows that lm_head has, padding included: those are the
-    # model's probabilities. The target's logit is computed apart, so it escapes bfloat16's rounding (up to 0.25 at 100).
+    # model's probabilities. The target's logit is taken apart, so it escapes bfloat16's rounding (up to 0.25 at 100).
     weight = model.lm_head.weight
-    exact = (hidden.float() * weight[scored[1]].float()).sum(1)
-    losses = []
-    for h, target in zip(hidden.split(SLICE), scored[1].split(SLICE)):
-        logits = F.linear(h, weight).float()  # (SLICE, V)
-        losses.append(F.cross_entropy(logits, target, reduction="none") + logits.gather(1, target[:, None])[:, 0])
-    return torch.cat(losses) - exact
+    slices = [F.linear(hidden, part).float().logsumexp(1) for part in weight.split(VOCAB_SLICE)]
+    return torch.stack(slices).logsumexp(0) - (hidden.float() * weight[scored[1]].float()).sum(1)
 
 
 @functools.cache  # one wrapper, so that one call finds what another compiled

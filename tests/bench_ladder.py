@@ -128,7 +128,7 @@ def build(rung, options, device):
             group.update(fused=False)
     if rung.adamw:  # a compiled step wants the form that it can see through
         for group in optimizer.param_groups:
-            group.update(fused=False, foreach=True, capturable=device.type == "cuda")
+            group.update(fused=False, foreach=True, capturable=True, lr=torch.tensor(0.0, device=device))  # a number would be compiled in
         optimizer.step = torch.compile(optimizer.step)
         train_gpt2.nn.utils.clip_grad_norm_ = torch.compile(train_gpt2.nn.utils.clip_grad_norm_)
     model = torch.compile(raw, dynamic=False, mode=rung.mode) if rung.compile else raw
@@ -173,7 +173,8 @@ def measure(rung, options):
             first = step * options.accum % len(made)
             now = loader.batches(step, device) if options.data else made[first : first + options.accum]
             for group in optimizer.param_groups:
-                group["lr"] = get_lr(step, recipe)
+                lr = get_lr(step, recipe)
+                group["lr"] = group["lr"].fill_(lr) if rung.adamw else lr
             with outer:
                 unread.append(training_step(model, now, options.accum, optimizer, scaler, inner, 1.0))
             while len(unread) > (rung.late and step < options.steps + 2):

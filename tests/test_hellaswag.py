@@ -22,7 +22,7 @@ from train_gpt2 import GPT, GPTConfig
 
 REAL = SHARED / "hellaswag/hellaswag_val.jsonl"
 N = 201  # items; odd, so that two processes cannot share them evenly
-V = 5003  # token ids are folded to this many for speed, where the tokenizer is not what is tested
+V = 5003  # token ids are folded to this many for speed, where the tokenizer is not what is tested; more than VOCAB_SLICE
 
 
 def made_records(n, seed=0):
