@@ -1,7 +1,7 @@
 """
 How fast the parts of a run are that are not the training step: the loader, sampling, validation and HellaSwag.
 
-    python tests/bench_parts.py                     # GPT-2 (124M) with random weights; about five minutes on two CPU cores
+    python tests/bench_parts.py                     # GPT-2 (124M) with random weights; about seven minutes on two CPU cores
 
 Prints three lines; asserts nothing. On a CPU the model runs in eager mode, on CUDA compiled.
 """
