@@ -788,7 +788,7 @@ def pick_dtype(name, device):
 
 def bfloat16_pays():
     """Whether this CPU multiplies bfloat16 faster than float32, by the clock, in less than 0.1 s: to have instructions for it says
-    little, they may be half as fast. Rank 0 decides for all."""
+    little, they may be slower. Rank 0 decides for all."""
     full, half = torch.ones(1024, 1024), torch.ones(1024, 1024, dtype=torch.bfloat16)
     seconds = [[timeit.timeit(lambda: F.linear(w[:256], w), number=1) for w in (full, half)] for _ in range(5)]
     float32, bfloat16 = map(min, zip(*seconds))

@@ -3,7 +3,7 @@ How fast the parts of a run are that are not the training step: the loader, samp
 
     python tests/bench_parts.py                     # GPT-2 (124M) with random weights; about seven minutes on two CPU cores
 
-Prints three lines; asserts nothing. On a CPU the model runs in eager mode, on CUDA compiled.
+Prints a line for each figure; asserts nothing. On a CPU the model runs in eager mode, on CUDA compiled.
 """
 
 import platform
