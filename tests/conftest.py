@@ -1,8 +1,9 @@
-"""What several tests share: tiny shards, tiny models, and a way to run the scripts as a user does."""
+"""What several tests share: tiny shards, tiny models, and ways to run the scripts as users do."""
 
 import contextlib
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,12 +20,15 @@ torch.set_num_threads(1)  # these models are too small to share between cores
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT / "../shared/data"  # real text and HellaSwag, where a developer has them
 
-TINY = "--n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --block_size 64 --dtype float32 --device cpu --no-compile".split()
+TINY = "--n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --block_size 64".split()
+TINY += "--dtype float32 --device cpu --no-compile".split()
 QUIET = "--hellaswag_every 0 --sample_every 0".split()
+STEPS = "--max_steps 8 --warmup_steps 2 --max_lr 1e-2 --min_lr 1e-3 --total_batch_size 256".split()
+STEPS += "--val_every 4 --val_tokens 500".split()
 
 
 def write_shards(folder, train=(3000, 3000), val=1500, vocab=50257, seed=0):
-    """Shards of made tokens with structure to learn: all documents repeat one short cycle of ids."""
+    """Shards with a structure to learn: all documents repeat one short cycle of ids."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     cycle = rng.integers(0, vocab, size=7)
@@ -46,31 +50,57 @@ def tiny():
     return GPT(GPTConfig(block_size=32, vocab_size=50304, n_layer=3, n_head=2, n_embd=32))
 
 
-def run(script, *args, processes=1, check=True, timeout=240, cwd=ROOT, env=None):
-    """Run a script as a user does, under torchrun if processes > 1; returns the finished process."""
+def command(script, *args, processes=1):
+    """The command line that runs a script, under torchrun if processes > 1."""
     launch = [sys.executable]
     if processes > 1:
         with socket.socket() as s:  # a port that is free now
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
-    done = subprocess.run([*launch, str(ROOT / script), *map(str, args)], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=env)
+        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        launch += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [*launch, str(ROOT / script), *map(str, args)]
+
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(script, *args, processes=1, check=True, cwd=ROOT, env=None):
+    """Run a script as a user does; returns the finished process."""
+    done = subprocess.run(
+        command(script, *args, processes=processes),
+        **dict(capture_output=True, text=True, timeout=240, cwd=cwd),
+        env=os.environ | ENVIRONMENT | (env or {}),
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def run_here(*args, check=True):
-    """train_gpt2.py's main in this process, which saves the seconds that a start takes; returns what run returns."""
+    """train_gpt2.py's main in this process, which saves the start; returns what run returns."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main(list(map(str, args)))
         except SystemExit as e:
-            code = e.code
+            code = 1 if isinstance(e.code, str) else e.code
+            print(e.code if isinstance(e.code, str) else "", file=err)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     done = subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
     assert not check or code == 0, done.stdout + done.stderr
     return done
+
+
+def train(shards, out, *args, batch=4, processes=1, alone=False, check=True, env=None):
+    """A tiny run in this process, or as a user starts it: alone, or with several processes."""
+    args = [*TINY, *QUIET, *STEPS, *args, "--data_dir", shards, "--out_dir", out]
+    args += ["--micro_batch_size", batch]
+    if alone or processes > 1 or env:
+        return run("train_gpt2.py", *args, processes=processes, check=check, env=env)
+    return run_here(*args, check=check)
 
 
 def log_of(out_dir):
@@ -79,3 +109,21 @@ def log_of(out_dir):
     for step, stream, value in read_log(Path(out_dir) / "log.txt"):
         streams.setdefault(stream, {})[step] = float(value)
     return streams
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """(shards, out_dir, screen) of the run that others are compared with: 8 steps, one process,
+    micro-batches of 4, checkpoints at 4 and 8."""
+    folder = tmp_path_factory.mktemp("base")
+    shards = write_shards(folder / "shards")
+    done = train(shards, folder / "out", "--save_every", 4, alone=True)
+    return shards, folder / "out", done.stdout
+
+
+@pytest.fixture(scope="session")
+def base_of_two(base, tmp_path_factory):
+    """The out_dir of the same run by two processes."""
+    out = tmp_path_factory.mktemp("base_of_two") / "out"
+    train(base[0], out, "--save_every", 4, processes=2)
+    return out
