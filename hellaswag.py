@@ -198,7 +198,7 @@ def encode(record, style):
             if {"ctx_a", "ctx_b"} <= record.keys()
             else record["ctx"]
         )
-        query = text_of(f"{record['activity_label']}: {ctx}")
+        query = text_of(f"{record['activity_label']}: {ctx}", style)
         context = ids(
             query.rstrip()
         )  # GPT-2's words begin with their space, so a trailing one belongs to the ending

@@ -1,4 +1,4 @@
-"""Reproduce GPT-2 (124M): the network, OpenAI's weights, training from scratch, HellaSwag, samples.
+"""Reproduce GPT-2 (124M): the network, OpenAI's weights, training, HellaSwag, samples.
 
     python train_gpt2.py --demo                             # any laptop: a small GPT-2 in minutes
     python fineweb.py                                       # 10B tokens into edu_fineweb10B/
@@ -579,7 +579,7 @@ def train(config, checkpoint=None):
                 save(step + 1, evaluated=step)
             break
 
-    farewell(config, log, stopped=not last)
+    farewell(config, raw_model, log, stopped=not last)
     return 0 if last else (received or [signal.SIGTERM])[0]
 
 
@@ -972,13 +972,16 @@ class Progress:
             self.typical = seconds / tokens
         self.typical = 0.9 * self.typical + 0.1 * seconds / tokens
         left = tokens_before(config.max_steps, config) - tokens_before(step + 1, config)
-        left, mfu = timedelta(seconds=int(left * self.typical)), self.flops * tokens / seconds
-        mfu = f" | MFU {mfu / self.peak:.1%}" if self.peak < math.inf else ""
-        left_out = "" if math.isfinite(norm) else " | update left out: its gradient is not finite"
-        return (
-            f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} "
-            f"| {seconds * 1e3:.1f} ms | {tokens / seconds:,.0f} tokens/s{mfu} | left {left}{left_out}"
+        left, rate = timedelta(seconds=int(left * self.typical)), tokens / seconds
+        line = (
+            f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f}"
         )
+        line += f" | {seconds * 1e3:.1f} ms | {rate:,.0f} tokens/s"
+        if self.peak < math.inf:
+            line += f" | MFU {self.flops * rate / self.peak:.1%}"
+        if not math.isfinite(norm):
+            line += " | update left out: its gradient is not finite"
+        return f"{line} | left {left}"
 
 
 def announce(config, model, loader, val_loader, checkpoint):
@@ -1033,7 +1036,7 @@ def print_samples(model, config, autocast, rows=4):
         print0(">", config.prompt + enc.decode(new[:end]))
 
 
-def farewell(config, log, stopped):
+def farewell(config, model, log, stopped):
     """Leave the folder to others, and say how to go on."""
     log.close()
     if torch.cuda.is_initialized():
@@ -1046,7 +1049,8 @@ def farewell(config, log, stopped):
     elif saved:
         newest = shlex.quote(str(saved[-1][1]))
         print0(f"checkpoint: {newest}, which transformers opens too. Next:")
-        print0(f"  python train_gpt2.py --sample_only --init_from {newest}")
+        if model.config.vocab_size >= VOCAB_SIZE:
+            print0(f"  python train_gpt2.py --sample_only --init_from {newest}")
         print0(f"  GPT2_RUN={out_dir} jupyter execute --inplace play.ipynb  # plots the log")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1079,18 +1083,21 @@ def plain_attention(q, k, v):
 
 
 class CPUCrossEntropy(torch.autograd.Function):
-    """cross_entropy() of `rows` tokens at a time, each with its gradient at once, so that all
-    (N, V) logits, gigabytes, never exist."""
+    """cross_entropy() of some rows at a time, each with its gradient at once, so that all (N, V)
+    logits, gigabytes, never exist."""
+
+    ROWS = 512
 
     @staticmethod
-    def forward(ctx, x, weight, targets, rows=512):
+    def forward(ctx, x, weight, targets):
         half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         w = weight.detach().to(half).requires_grad_(ctx.needs_input_grad[1])
         d_x, d_weight, total = torch.zeros_like(x), torch.zeros_like(weight), 0.0
-        for part, d_part, wanted in zip(x.split(rows), d_x.split(rows), targets.split(rows)):
+        split = (t.split(CPUCrossEntropy.ROWS) for t in (x, d_x, targets))
+        for part, d_part, wanted in zip(*split):
             part = part.detach().to(half).requires_grad_(w.requires_grad)
             with torch.set_grad_enabled(w.requires_grad):
-                logits = F.linear(part, w).float()  # (rows, V)
+                logits = F.linear(part, w).float()  # (ROWS, V)
                 loss = F.cross_entropy(logits, wanted, reduction="sum")
             total += loss.detach()
             if w.requires_grad:
@@ -1195,7 +1202,7 @@ def parse(argv):
         if new != old and name in ["init_from", *SHAPE, *BATCHES]:
             why = f"--resume: {checkpoint['path']} was trained with --{name} {old}, not {new}"
             raise UserError(f"{why}; start another run with --init_from {checkpoint['path']}")
-        if new != old and name != "sample_only":
+        if new != old and not config.sample_only:
             print0(f"--resume: {name} {old} → {new}")
     return config, checkpoint
 
@@ -1261,17 +1268,18 @@ def explain(error):
     sentence; None for a fault of this program, which deserves a traceback."""
     from torch._dynamo.exc import BackendCompilerFailed  # slow to import
 
+    chain = [error]
+    while cause := getattr(chain[-1], "inner_exception", None) or chain[-1].__cause__:
+        chain.append(cause)
+    text = " ".join(str(chain[-1]).split())[:200]
     if isinstance(error, UserError):
         return str(error)
-    while error:
-        text = " ".join(str(error).split())[:200]
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
-            return "out of memory; give a smaller --micro_batch_size, the batch stays the same"
-        if isinstance(error, BackendCompilerFailed):
-            return f"torch.compile cannot work here ({text}); add --no-compile"
-        if isinstance(error, OSError):
-            return f"{error.filename}: {error.strerror}; look at that folder and its disk"
-        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    if isinstance(chain[-1], (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
+        return "out of memory; give a smaller --micro_batch_size, the batch stays the same"
+    if isinstance(error, BackendCompilerFailed):
+        return f"torch.compile cannot work here ({text}); add --no-compile"
+    if isinstance(chain[-1], OSError):
+        return f"{chain[-1].filename}: {chain[-1].strerror}; look at that folder and its disk"
 
 
 def main(argv=None):
@@ -1291,9 +1299,9 @@ def main(argv=None):
     except Exception as error:
         if (sentence := explain(error)) is None:
             raise
-        if int(os.environ.get("RANK", 0)):  # rank 0 speaks, and then torchrun ends this process;
-            time.sleep(3)  # what only another process knows, that one says
-        sys.exit(f"train_gpt2.py: {sentence}")
+        if int(os.environ.get("RANK", 0)):  # the first process speaks, and torchrun then sends
+            time.sleep(3)  # a signal here; what only this process knows, it says
+        sys.exit(1 if received else f"train_gpt2.py: {sentence}")
     if stopped:  # as shells have it
         sys.exit(128 + stopped)
 

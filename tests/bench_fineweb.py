@@ -47,9 +47,15 @@ class Options:
 
 # ---- what is compared
 
+
 def read_texts(folder):
     import pyarrow.parquet as pq
-    return [t for p in sorted(Path(folder).glob("*.parquet")) for t in pq.read_table(p, columns=["text"])["text"].to_pylist()]
+
+    return [
+        t
+        for p in sorted(Path(folder).glob("*.parquet"))
+        for t in pq.read_table(p, columns=["text"])["text"].to_pylist()
+    ]
 
 
 def tiktoken_alone(folder):
@@ -72,6 +78,7 @@ def tokenize_document(document):
 def baseline(folder, out, workers, shard_size=SHARD_SIZE):
     """The pattern of most tutorials: documents pickled to a pool, an array for each one back."""
     from datasets import load_dataset
+
     files = sorted(map(str, Path(folder).glob("*.parquet")))
     documents = load_dataset("parquet", data_files=files, split="train", streaming=True)
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -80,7 +87,7 @@ def baseline(folder, out, workers, shard_size=SHARD_SIZE):
         for ids in pool.imap(tokenize_document, documents, chunksize=16):
             while len(ids):
                 taken = min(len(ids), shard_size - filled)
-                buffer[filled:filled + taken] = ids[:taken]
+                buffer[filled : filled + taken] = ids[:taken]
                 filled, ids = filled + taken, ids[taken:]
                 if filled == shard_size:
                     np.save(Path(out, f"{number:06d}"), buffer)
@@ -89,6 +96,7 @@ def baseline(folder, out, workers, shard_size=SHARD_SIZE):
 
 
 # ---- measuring
+
 
 def peak_memory(pid, peaks):
     """Adds {pid: peak resident MB} of the process and its children to `peaks`, where there is /proc."""
@@ -106,12 +114,18 @@ def peak_memory(pid, peaks):
 def measure(command):
     """Wall seconds, CPU seconds with children, and peak MB of the main process and of its largest worker."""
     began, peaks = time.perf_counter(), {}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"USE_TORCH": "0"})
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"USE_TORCH": "0"},
+    )
     done = threading.Event()
 
     def watch():
         while not done.wait(0.05):
             peak_memory(process.pid, peaks)
+
     watcher = threading.Thread(target=watch)
     watcher.start()
     output = process.stdout.read()
@@ -121,8 +135,12 @@ def measure(command):
     watcher.join()
     assert status == 0, command
     unknown = float("nan")
-    result = {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime,
-              "main": peaks.pop(process.pid, unknown), "worker": max(peaks.values(), default=unknown)}
+    result = {
+        "seconds": seconds,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "main": peaks.pop(process.pid, unknown),
+        "worker": max(peaks.values(), default=unknown),
+    }
     return result | (json.loads(output) if output.startswith(b"{") else {})
 
 
@@ -130,9 +148,11 @@ def make_source(folder, copies):
     """`copies` times the corpus, or where there is none, CPython's documentation, in row groups as fine."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     files = sorted(CORPUS.glob("*.parquet"))
     if not files:
         from pydoc_data.topics import topics
+
         folder.parent.mkdir(parents=True, exist_ok=True)
         files = [folder.parent / "topics.parquet"]
         pq.write_table(pa.table({"text": [*topics.values()] * 20}), files[0], row_group_size=100)
@@ -162,14 +182,34 @@ def main():
             if name == "fineweb.py":
                 start = [sys.executable, ROOT / "fineweb.py", "--shard_size", SHARD_SIZE]
             else:
-                start = [sys.executable, __file__, "--program", "baseline" if name == "Pool.imap" else "tiktoken"]
-            return [*map(str, start), "--source", str(source), "--out", str(out), "--workers", str(workers)]
-        programs = [("tiktoken alone", 1)] + [(name, w) for w in options.workers for name in ("fineweb.py", "Pool.imap")]
+                start = [
+                    sys.executable,
+                    __file__,
+                    "--program",
+                    "baseline" if name == "Pool.imap" else "tiktoken",
+                ]
+            return [
+                *map(str, start),
+                "--source",
+                str(source),
+                "--out",
+                str(out),
+                "--workers",
+                str(workers),
+            ]
+
+        programs = [("tiktoken alone", 1)] + [
+            (name, w) for w in options.workers for name in ("fineweb.py", "Pool.imap")
+        ]
         runs = {(p, n): [] for p in programs for n in sources}
         for repeat in range(options.repeats):
             for program in programs:
                 for n, source in sources.items():
-                    print(f"\r{repeat + 1}/{options.repeats} {program} {n}x   ", end="", file=sys.stderr)
+                    print(
+                        f"\r{repeat + 1}/{options.repeats} {program} {n}x   ",
+                        end="",
+                        file=sys.stderr,
+                    )
                     runs[program, n].append(measure(command(*program, source)))
         print(file=sys.stderr)
 
@@ -178,26 +218,44 @@ def main():
 
     def slope(program, key):  # seconds for a token, after start-up
         pairs = zip(runs[program, 1], runs[program, copies])
-        return statistics.median((long[key] - short[key]) / (copies - 1) / tokens for short, long in pairs)
+        return statistics.median(
+            (long[key] - short[key]) / (copies - 1) / tokens for short, long in pairs
+        )
 
-    packages = ", ".join(f"{name} {version(name)}" for name in ("tiktoken", "gigatoken", "numpy", "pyarrow", "datasets"))
-    print(f"{datetime.date.today()}, {cpu_name()}, {os.cpu_count()} cores with a load of {os.getloadavg()[2]:.1f}, Python "
-          f"{platform.python_version()}, {packages}; {tokens * copies:,} tokens in {len(texts) * copies:,} documents, medians "
-          f"of {options.repeats}.\n")
-    print("| program | workers | tokens/s | ÷ (workers × tiktoken) | ÷ Pool.imap | CPU s per M tokens | ÷ tiktoken | start-up s "
-          f"| main MB, 1× → {copies}× | worker MB, 1× → {copies}× |")
+    packages = ", ".join(
+        f"{name} {version(name)}"
+        for name in ("tiktoken", "gigatoken", "numpy", "pyarrow", "datasets")
+    )
+    print(
+        f"{datetime.date.today()}, {cpu_name()}, {os.cpu_count()} cores with a load of {os.getloadavg()[2]:.1f}, Python "
+        f"{platform.python_version()}, {packages}; {tokens * copies:,} tokens in {len(texts) * copies:,} documents, medians "
+        f"of {options.repeats}.\n"
+    )
+    print(
+        "| program | workers | tokens/s | ÷ (workers × tiktoken) | ÷ Pool.imap | CPU s per M tokens | ÷ tiktoken | start-up s "
+        f"| main MB, 1× → {copies}× | worker MB, 1× → {copies}× |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     alone = slope(programs[0], "seconds"), slope(programs[0], "cpu")
     for program in programs:
         name, workers = program
         seconds, cpu = slope(program, "seconds"), slope(program, "cpu")
-        against = f"{slope(('Pool.imap', workers), 'seconds') / seconds:.2f}" if name == "fineweb.py" else ""
+        against = (
+            f"{slope(('Pool.imap', workers), 'seconds') / seconds:.2f}"
+            if name == "fineweb.py"
+            else ""
+        )
         others = ["", "", ""]
         if program != programs[0]:
             others[0] = f"{median(program, 1, 'seconds') - seconds * tokens:.1f}"
-            others[1:] = [f"{median(program, 1, key):.0f} → {median(program, copies, key):.0f}" for key in ("main", "worker")]
-        print(f"| {name} | {workers} | {1 / seconds:,.0f} | {alone[0] / seconds / workers:.2f} | {against} | {cpu * 1e6:.3f} | "
-              f"{cpu / alone[1]:.2f} | {' | '.join(others)} |")
+            others[1:] = [
+                f"{median(program, 1, key):.0f} → {median(program, copies, key):.0f}"
+                for key in ("main", "worker")
+            ]
+        print(
+            f"| {name} | {workers} | {1 / seconds:,.0f} | {alone[0] / seconds / workers:.2f} | {against} | {cpu * 1e6:.3f} | "
+            f"{cpu / alone[1]:.2f} | {' | '.join(others)} |"
+        )
 
 
 def cpu_name():

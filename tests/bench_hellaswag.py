@@ -19,7 +19,10 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-FILES = [ROOT / "../shared/data/hellaswag/hellaswag_val.jsonl", ROOT / "hellaswag/hellaswag_val.jsonl"]
+FILES = [
+    ROOT / "../shared/data/hellaswag/hellaswag_val.jsonl",
+    ROOT / "hellaswag/hellaswag_val.jsonl",
+]
 
 
 @torch.no_grad()
@@ -34,8 +37,10 @@ def plain_loop(model, items, device="cpu"):
             tokens[i, : len(row)] = torch.tensor(row)
             mask[i, len(item.context) : len(row)] = 1
         tokens, mask = tokens.to(device), mask.to(device)
-        logits = model(tokens)[0][:, :-1]
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
+        logits = model(tokens)[:, :-1]
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        ).view(4, -1)
         table.append((losses * mask[:, 1:]).sum(1).cpu())
     return torch.stack(table)
 
@@ -51,18 +56,29 @@ def hardware(device):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
     threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
     return f"{name}, {threads}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=48, help="for the comparison, evenly spaced over the file")
-    parser.add_argument("--repeats", type=int, default=3, help="of each, interleaved; medians are printed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--items", type=int, default=48, help="for the comparison, evenly spaced over the file"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of each, interleaved; medians are printed"
+    )
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 = PyTorch's choice")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="on by itself on CUDA")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="on by itself on CUDA"
+    )
     args = parser.parse_args()
     from hellaswag import load_items, picks, score
     from train_gpt2 import GPT, GPTConfig, pick_device
@@ -73,7 +89,9 @@ def main():
     compiled = args.compile if args.compile is not None else device.type == "cuda"
     path = next((path for path in FILES if path.exists()), None)
     if path is None:
-        sys.exit("There is no hellaswag_val.jsonl: run `python hellaswag.py` once, it downloads it.")
+        sys.exit(
+            "There is no hellaswag_val.jsonl: run `python hellaswag.py` once, it downloads it."
+        )
     items = load_items(path, args.items)
     torch.manual_seed(0)
     model = GPT(GPTConfig()).to(device).eval()
@@ -81,12 +99,19 @@ def main():
     print(
         f"{date.today()}; {hardware(device)}; torch {torch.__version__}, Python {platform.python_version()}. GPT-2 (124M), random"
     )
-    print(f"weights; {len(items)} items; medians of {args.repeats} interleaved repeats, after one that is not counted.\n")
-    print("| precision | form | items/s | against the plain loop | same picks (acc, acc_norm) | largest difference of a loss |")
+    print(
+        f"weights; {len(items)} items; medians of {args.repeats} interleaved repeats, after one that is not counted.\n"
+    )
+    print(
+        "| precision | form | items/s | against the plain loop | same picks (acc, acc_norm) | largest difference of a loss |"
+    )
     print("|---|---|---:|---:|---:|---:|")
     for dtype in (torch.float32, torch.bfloat16):
         torch._dynamo.reset()  # the number of graphs that may be compiled is limited
-        forms = {"plain loop": lambda: plain_loop(model, items, device), "hellaswag.py": lambda: score(model, items, device)}
+        forms = {
+            "plain loop": lambda: plain_loop(model, items, device),
+            "hellaswag.py": lambda: score(model, items, device),
+        }
         if compiled:
             forms["hellaswag.py, compiled"] = lambda: score(model, items, device, compile=True)
         seconds, losses = {name: [] for name in forms}, {}
@@ -99,7 +124,10 @@ def main():
         plain, reference = statistics.median(seconds["plain loop"]), losses["plain loop"].double()
         for name in forms:
             median = statistics.median(seconds[name])
-            same = [int((a == b).sum()) for a, b in zip(picks(items, reference), picks(items, losses[name].double()))]
+            same = [
+                int((a == b).sum())
+                for a, b in zip(picks(items, reference), picks(items, losses[name].double()))
+            ]
             print(f"| {str(dtype)[6:]} | {name} | {len(items) / median:.2f} | {plain / median:.2f}x | {same[0]}, {same[1]} of {len(items)} "
                   f"| {(losses[name].double() - reference).abs().max():.1e} |", flush=True)  # fmt: skip
     if device.type == "cuda":
@@ -109,7 +137,9 @@ def main():
             first, rest = timed(lambda: score(model, items, device, compile=True))[0], []
             for _ in range(args.repeats):
                 rest.append(timed(lambda: score(model, items, device, compile=True))[0])
-        print(f"\nAll {len(items):,} items, bfloat16, compiled: {statistics.median(rest):.2f} s; {first:.0f} s the first time.")
+        print(
+            f"\nAll {len(items):,} items, bfloat16, compiled: {statistics.median(rest):.2f} s; {first:.0f} s the first time."
+        )
 
 
 if __name__ == "__main__":

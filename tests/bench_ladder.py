@@ -39,7 +39,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_gpt2  # noqa: E402
 from bench_hellaswag import hardware  # noqa: E402
-from train_gpt2 import GPT, SIZES, DataLoaderLite, GPTConfig, get_lr, peak_flops, pick_device, synchronize, training_step  # noqa: E402
+from train_gpt2 import (
+    GPT,
+    SIZES,
+    DataLoaderLite,
+    GPTConfig,
+    get_lr,
+    peak_flops,
+    pick_device,
+    synchronize,
+    training_step,
+)  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,9 @@ class Rung:
     late: bool = False  # loss and norm of a step are read when the next one has been launched
     adamw: bool = False  # AdamW and clipping compiled
     casts: bool = False  # one autocast around all micro-steps, so that weights are cast once a step (eager mode)
-    ddp: dict | None = None  # two processes or as many as there are GPUs; arguments of DistributedDataParallel
+    ddp: dict | None = (
+        None  # two processes or as many as there are GPUs; arguments of DistributedDataParallel
+    )
 
 
 def ladder(cuda):
@@ -77,9 +89,25 @@ def ladder(cuda):
             rung = replace(rung, name="+ " + name, **change)
             rungs.append((key, rung))
     if cuda:
-        rungs.append(("autotune", replace(rung, name="the same, max-autotune-no-cudagraphs", mode="max-autotune-no-cudagraphs")))
+        rungs.append(
+            (
+                "autotune",
+                replace(
+                    rung,
+                    name="the same, max-autotune-no-cudagraphs",
+                    mode="max-autotune-no-cudagraphs",
+                ),
+            )
+        )
     eager = replace(rung, name="the last rung of ours without compile", compile=False)
-    shipped = replace(eager, name="as the lecture's repository ships it", logits=True, keep=False, plain=False, dtype="bfloat16")
+    shipped = replace(
+        eager,
+        name="as the lecture's repository ships it",
+        logits=True,
+        keep=False,
+        plain=False,
+        dtype="bfloat16",
+    )
     return rungs + [("eager", eager), ("shipped", shipped)]
 
 
@@ -97,14 +125,20 @@ def candidates(cuda):
 
 @dataclass
 class Options:
-    model: Literal["small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2" if torch.cuda.is_available() else "small"
+    model: Literal["small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = (
+        "gpt2" if torch.cuda.is_available() else "small"
+    )
     batch: int | Literal["auto"] = 16 if torch.cuda.is_available() else 4  # sequences
     seq_len: int = 1024 if torch.cuda.is_available() else 256  # tokens
     steps: int = 20 if torch.cuda.is_available() else 5  # measured, after three that are not
     rounds: int = 2  # times that every rung runs, in turns; medians are over all
     accum: int = 1  # micro-steps of a step
-    data: Path | None = None  # train on these shards, and compare the losses with the first row's; made tokens unless given
-    rungs: tuple[str, ...] = ()  # keys of ladder() and candidates(), in the table's order; all of the ladder unless given
+    data: Path | None = (
+        None  # train on these shards, and compare the losses with the first row's; made tokens unless given
+    )
+    rungs: tuple[
+        str, ...
+    ] = ()  # keys of ladder() and candidates(), in the table's order; all of the ladder unless given
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     json: Path | None = None  # write all figures to this file
     child: str = ""  # internal: measure this rung and print JSON
@@ -115,7 +149,9 @@ def build(rung, options, device):
         torch.set_float32_matmul_precision("high")
     if rung.keep:
         train_gpt2.keep_freed_memory()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else bfloat16's attention without flash is done in float32
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(
+        True
+    )  # else bfloat16's attention without flash is done in float32
     if not rung.plain:
         train_gpt2.causal_attention = partial(F.scaled_dot_product_attention, is_causal=True)
     torch.manual_seed(0)
@@ -123,12 +159,16 @@ def build(rung, options, device):
     raw = GPT(GPTConfig(max(1024, options.seq_len), rung.vocab_size, **shape)).to(device)
     optimizer = raw.configure_optimizers(0.1, 6e-4)
     if not rung.fused:
-        optimizer = torch.optim.AdamW(optimizer.param_groups, lr=6e-4, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+        optimizer = torch.optim.AdamW(
+            optimizer.param_groups, lr=6e-4, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False
+        )
         for group in optimizer.param_groups:
             group.update(fused=False)
     if rung.adamw:  # a compiled step wants the form that it can see through
         for group in optimizer.param_groups:
-            group.update(fused=False, foreach=True, capturable=True, lr=torch.tensor(0.0, device=device))  # a number would be compiled in
+            group.update(
+                fused=False, foreach=True, capturable=True, lr=torch.tensor(0.0, device=device)
+            )  # a number would be compiled in
         optimizer.step = torch.compile(optimizer.step)
         train_gpt2.nn.utils.clip_grad_norm_ = torch.compile(train_gpt2.nn.utils.clip_grad_norm_)
     model = torch.compile(raw, dynamic=False, mode=rung.mode) if rung.compile else raw
@@ -151,7 +191,10 @@ def measure(rung, options):
     raw, optimizer, model = build(rung, options, device)
     dtype = train_gpt2.pick_dtype(rung.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    B, attention = options.batch, nullcontext if rung.flash else partial(sdpa_kernel, SDPBackend.MATH)
+    B, attention = (
+        options.batch,
+        nullcontext if rung.flash else partial(sdpa_kernel, SDPBackend.MATH),
+    )
     if B == "auto":
         config = train_gpt2.Config(seq_len=options.seq_len, total_batch_size=2**19)
         with attention():
@@ -162,7 +205,10 @@ def measure(rung, options):
         loader = DataLoaderLite(options.data, "train", B, options.seq_len, B * options.seq_len * options.accum, shuffle=True,
                                 seed=recipe.seed, pin_memory=device.type == "cuda")  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randint(50257, (B, options.seq_len + 1), generator=generator).to(device) for _ in range(4 * options.accum)]
+    made = [
+        torch.randint(50257, (B, options.seq_len + 1), generator=generator).to(device)
+        for _ in range(4 * options.accum)
+    ]
     made = [(tokens[:, :-1], tokens[:, 1:]) for tokens in made]
     inner, outer = (nullcontext(), autocast) if rung.casts else (autocast, nullcontext())
     seconds, losses, unread = [], [], []
@@ -171,12 +217,18 @@ def measure(rung, options):
     with attention():
         for step in range(3 + options.steps):
             first = step * options.accum % len(made)
-            now = loader.batches(step, device) if options.data else made[first : first + options.accum]
+            now = (
+                loader.batches(step, device)
+                if options.data
+                else made[first : first + options.accum]
+            )
             for group in optimizer.param_groups:
                 lr = get_lr(step, recipe)
                 group["lr"] = group["lr"].fill_(lr) if rung.adamw else lr
             with outer:
-                unread.append(training_step(model, now, options.accum, optimizer, scaler, inner, 1.0))
+                unread.append(
+                    training_step(model, now, options.accum, optimizer, scaler, inner, 1.0)
+                )
             while len(unread) > (rung.late and step < options.steps + 2):
                 loss, norm = unread.pop(0)
                 losses.append(loss.item())  # as in the loop: a synchronisation
@@ -187,7 +239,9 @@ def measure(rung, options):
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
     if rung.ddp is not None:
         dist.destroy_process_group()
         if int(os.environ["RANK"]):
@@ -202,8 +256,12 @@ def main():
     rungs = dict(ladder(device.type == "cuda") + candidates(device.type == "cuda"))
     if unknown := set(options.rungs) - set(rungs):
         sys.exit(f"--rungs {' '.join(sorted(unknown))}: choose from {' '.join(rungs)}")
-    if any(rungs[key].ddp is not None for key in options.rungs) and (options.batch == "auto" or options.accum > 1 or options.data):
-        sys.exit("the rungs of DDP take one micro-step, --accum 1, of a --batch that is a number, without --data")
+    if any(rungs[key].ddp is not None for key in options.rungs) and (
+        options.batch == "auto" or options.accum > 1 or options.data
+    ):
+        sys.exit(
+            "the rungs of DDP take one micro-step, --accum 1, of a --batch that is a number, without --data"
+        )
     if options.child:
         return measure(rungs[options.child], options)
     keys = options.rungs or tuple(key for key, _ in ladder(device.type == "cuda"))
@@ -211,8 +269,18 @@ def main():
     found = {key: [] for key in keys}
     for round in range(options.rounds):
         for key in keys:
-            print(f"\rround {round + 1}/{options.rounds}: {key}          ", end="", file=sys.stderr, flush=True)
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            print(
+                f"\rround {round + 1}/{options.rounds}: {key}          ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+            torchrun = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={processes}",
+            ]
             launcher = [] if rungs[key].ddp is None else torchrun
             done = subprocess.run([sys.executable, *launcher, *sys.argv, "--child", key], stdout=subprocess.PIPE, text=True,
                                   env=os.environ | {"PYTHONWARNINGS": "ignore"})  # fmt: skip
@@ -246,7 +314,9 @@ def main():
               f"{rates[-1] / rates[0]:.2f} |", end="")  # fmt: skip
         if options.data:
             losses, reference = runs[0]["losses"], reference or (key, runs[0]["losses"])
-            same = rungs[key].vocab_size == rungs[reference[0]].vocab_size  # else the weights begin differently
+            same = (
+                rungs[key].vocab_size == rungs[reference[0]].vocab_size
+            )  # else the weights begin differently
             difference = max(abs(a - b) for a, b in zip(losses, reference[1]))
             print(f" {losses[-1]:.4f} | {f'{difference:.1e}' if same else '–'} |", end="")
         print()

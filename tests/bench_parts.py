@@ -30,7 +30,11 @@ from train_gpt2 import (  # noqa: E402
 def private_memory():
     """MB of this process that are not memory-mapped files, on Linux."""
     status = Path("/proc/self/status")
-    return int(status.read_text().split("RssAnon:")[1].split()[0]) / 1024 if status.exists() else float("nan")
+    return (
+        int(status.read_text().split("RssAnon:")[1].split()[0]) / 1024
+        if status.exists()
+        else float("nan")
+    )
 
 
 def bench_loader(folder):
@@ -39,7 +43,10 @@ def bench_loader(folder):
         data = Path(folder) / str(tokens)
         data.mkdir()
         for i in range(2):
-            np.save(data / f"made_train_{i:06d}.npy", np.random.default_rng(i).integers(0, VOCAB_SIZE, tokens, dtype=np.uint16))
+            np.save(
+                data / f"made_train_{i:06d}.npy",
+                np.random.default_rng(i).integers(0, VOCAB_SIZE, tokens, dtype=np.uint16),
+            )
         loader = DataLoaderLite(data, "train", 64, 1024, 2**19, shuffle=True)
         before, times = private_memory(), []
         for step in range(30):
@@ -55,7 +62,10 @@ def bench_sampling(model, device, autocast, rows=4, new=256):
 
     @torch.no_grad()
     def recomputing():  # the lecture's loop: the whole prefix, and logits of all positions, for every token
-        ids, generator = torch.tensor(prompts, device=device), torch.Generator(device).manual_seed(42)
+        ids, generator = (
+            torch.tensor(prompts, device=device),
+            torch.Generator(device).manual_seed(42),
+        )
         for _ in range(new):
             top, top_ids = model(ids)[0][:, -1].float().topk(50)
             choice = torch.multinomial(top.softmax(-1), 1, generator=generator)
@@ -64,7 +74,10 @@ def bench_sampling(model, device, autocast, rows=4, new=256):
 
     with autocast:
         times = {}
-        for name, work in (("cache", lambda: model.generate(prompts, new)), ("recomputing", recomputing)):
+        for name, work in (
+            ("cache", lambda: model.generate(prompts, new)),
+            ("recomputing", recomputing),
+        ):
             model.generate(prompts, 8)
             synchronize(device)
             start = time.perf_counter()
@@ -82,12 +95,23 @@ def bench_evaluation(raw, device, autocast, B, T, items, folder):
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     data = Path(folder) / "val"
     data.mkdir()
-    np.save(data / "made_val_000000.npy", np.random.default_rng(0).integers(0, VOCAB_SIZE, 4 * B * T + 1, dtype=np.uint16))
+    np.save(
+        data / "made_val_000000.npy",
+        np.random.default_rng(0).integers(0, VOCAB_SIZE, 4 * B * T + 1, dtype=np.uint16),
+    )
     loader = DataLoaderLite(data, "val", B, T)
     tokens, accum = torch.randint(VOCAB_SIZE, (B, T + 1), device=device), 2
 
     def train():
-        training_step(model, [(tokens[:, :-1], tokens[:, 1:])] * accum, accum, optimizer, scaler, autocast, 1.0)[0].item()
+        training_step(
+            model,
+            [(tokens[:, :-1], tokens[:, 1:])] * accum,
+            accum,
+            optimizer,
+            scaler,
+            autocast,
+            1.0,
+        )[0].item()
 
     def validate():
         with autocast:
@@ -104,7 +128,9 @@ def bench_evaluation(raw, device, autocast, B, T, items, folder):
             work()
             times.append(time.perf_counter() - start)
     step, val, hella = (statistics.median(times[1:]) for times in seconds.values())
-    share = (10485760 * val / (4 * B * T) + 10042 * hella / len(items)) / (250 * 2**19 * step / (accum * B * T))
+    share = (10485760 * val / (4 * B * T) + 10042 * hella / len(items)) / (
+        250 * 2**19 * step / (accum * B * T)
+    )
     print(f"evaluation: {accum * B * T / step:,.0f} tokens/s trained, {4 * B * T / val:,.0f} validated, {len(items) / hella:.2f} items/s of HellaSwag: "
           f"10,485,760 tokens and 10,042 items take {share:.1%} of the time of 250 steps", flush=True)  # fmt: skip
 
@@ -124,7 +150,15 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bench_loader(folder)
         if path:
-            bench_evaluation(model, device, autocast, B, T, hellaswag.load_items(path, 10042 if device.type == "cuda" else 192), folder)
+            bench_evaluation(
+                model,
+                device,
+                autocast,
+                B,
+                T,
+                hellaswag.load_items(path, 10042 if device.type == "cuda" else 192),
+                folder,
+            )
         bench_sampling(model, device, autocast)
 
 

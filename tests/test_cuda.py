@@ -17,12 +17,32 @@ STEPS = "--max_steps 20 --warmup_steps 4 --max_lr 2e-3 --min_lr 2e-4 --val_every
 
 
 def train(shards, out, *args):
-    return run("train_gpt2.py", *SMALL, *QUIET, *STEPS, "--data_dir", shards, "--out_dir", out, "--device", "cuda", *args)
+    return run(
+        "train_gpt2.py",
+        *SMALL,
+        *QUIET,
+        *STEPS,
+        "--data_dir",
+        shards,
+        "--out_dir",
+        out,
+        "--device",
+        "cuda",
+        *args,
+    )
 
 
 @pytest.fixture
 def reference(shards, tmp_path):
-    train(shards, tmp_path / "float32", "--dtype", "float32", "--matmul_precision", "highest", "--no-compile")
+    train(
+        shards,
+        tmp_path / "float32",
+        "--dtype",
+        "float32",
+        "--matmul_precision",
+        "highest",
+        "--no-compile",
+    )
     return log_of(tmp_path / "float32")
 
 
@@ -48,7 +68,10 @@ def test_float16_scales_skips_and_goes_on(shards, tmp_path):
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs compute capability 8.0")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),
+    reason="needs compute capability 8.0",
+)
 def test_flash_attention_equals_plain_attention():
     q, k, v = (torch.randn(2, 4, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -63,12 +86,21 @@ def test_fused_adamw_equals_the_plain_loop():
     weights = []
     for fused in (True, False):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=64)).to(pick_device("cuda"))
+        model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=64)).to(
+            pick_device("cuda")
+        )
         optimizer = model.configure_optimizers(0.1, 1e-3)
         if not fused:
-            groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optimizer.param_groups]
-            optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False)
-        ids = torch.randint(512, (4, 33), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+            groups = [
+                {"params": g["params"], "weight_decay": g["weight_decay"]}
+                for g in optimizer.param_groups
+            ]
+            optimizer = torch.optim.AdamW(
+                groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False
+            )
+        ids = torch.randint(
+            512, (4, 33), device="cuda", generator=torch.Generator("cuda").manual_seed(1)
+        )
         for _ in range(3):
             optimizer.zero_grad()
             model(ids[:, :-1], ids[:, 1:])[1].backward()
@@ -80,17 +112,25 @@ def test_fused_adamw_equals_the_plain_loop():
 
 def test_compiled_sampling_equals_eager():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=64)).to("cuda")
+    model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=64)).to(
+        "cuda"
+    )
     compiled = torch.compile(model.next_logits, dynamic=False)
     prompts = [[1, 2, 3], [4]]
     plain = model.generate(prompts, 20, temperature=0)
-    assert plain == model.generate(prompts, 20, temperature=0, next_logits=compiled) == model.generate(prompts, 20, temperature=0, use_cache=False)
+    assert (
+        plain
+        == model.generate(prompts, 20, temperature=0, next_logits=compiled)
+        == model.generate(prompts, 20, temperature=0, use_cache=False)
+    )
 
 
 def test_auto_takes_the_largest_micro_batch_that_fits():
     device = torch.device("cuda", 0)
     config = Config(seq_len=256, total_batch_size=256 * 4096, compile=False)
-    model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=2, n_head=2, n_embd=128)).to(device)
+    model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=2, n_head=2, n_embd=128)).to(
+        device
+    )
     optimizer = model.configure_optimizers(0.1, 1e-3)
     autocast = torch.autocast("cuda", torch.bfloat16)
     total = torch.cuda.get_device_properties(device).total_memory

@@ -1,20 +1,22 @@
-"""Invariant 1: the data order is a pure function of (seed, step), whatever the number of processes and micro-batches."""
+"""The loader: shards of every name and form, and what it refuses. test_1 and test_4 have the rest."""
+
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import run, write_shards
 
+import fineweb
 from fineweb import UserError
-from train_gpt2 import DataLoaderLite, evaluate, permute
+from train_gpt2 import Config, DataLoaderLite
 
 
-def numbered(folder, *lengths, form="npy"):
-    """Train shards whose tokens count up across shards, so that a token is its own address in the stream."""
+def numbered(folder, *lengths, form="npy", name="numbered_train_{:06d}"):
+    """Train shards whose tokens count up across shards: a token is its address in the stream."""
     folder.mkdir()
     stream = np.arange(sum(lengths), dtype=np.uint16)
     for i, part in enumerate(np.split(stream, np.cumsum(lengths)[:-1])):
-        path = folder / f"numbered_train_{i + 1:06d}.{form}"
+        path = folder / f"{name.format(i + 1)}.{form}"
         if form == "npy":
             np.save(path, part)
         else:
@@ -24,91 +26,79 @@ def numbered(folder, *lengths, form="npy"):
     return folder
 
 
-def global_batch(folder, step, B, T, total, world_size=1, **kw):
-    """The windows of one global batch in the order of their positions, put together from all ranks."""
-    parts = []
-    for rank in range(world_size):
-        loader = DataLoaderLite(folder, "train", B, T, total, rank, world_size, **kw)
-        parts.append(torch.stack([torch.cat([x, y[:, -1:]], 1) for x, y in loader.batches(step, torch.device("cpu"))]))
-    return torch.stack(parts, 1).reshape(-1, T + 1)
+def loader(folder, B, T, total, **flags):
+    shape = dict(seq_len=T, total_batch_size=total)
+    return DataLoaderLite(Config(data_dir=str(folder), **shape, **flags), "train", B)
 
 
 @pytest.mark.parametrize("form", ["npy", "bin"])
 def test_order_on_disk_across_shards(tmp_path, form):
-    folder = numbered(tmp_path / "d", 37, 5, 70, 1, form=form)  # 113 tokens: 14 windows of 8 + 1, and one token over
+    folder = numbered(tmp_path / "d", 37, 5, 70, 1, form=form)  # 14 windows of 8 + 1, and a token
+    unshuffled = loader(folder, 2, 8, 32, shuffle=False)
     for step in range(9):
-        batch = global_batch(folder, step, 2, 8, 32)
-        first = [(step * 4 + i) % 14 for i in range(4)]  # the fifteenth window would lack its last target
-        assert batch.tolist() == [list(range(8 * w, 8 * w + 9)) for w in first]
+        batch = [t for x, y in unshuffled.batches(step) for t in torch.cat([x, y[:, -1:]], 1)]
+        windows = [(step * 4 + i) % 14 for i in range(4)]  # a fifteenth would lack its last target
+        assert [t.tolist() for t in batch] == [list(range(8 * w, 8 * w + 9)) for w in windows]
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_processes_and_micro_batches_share_the_same_global_batches(tmp_path, shuffle):
-    folder = numbered(tmp_path / "d", 700, 301)
-    kw = dict(shuffle=shuffle, seed=5)
-    for step in (0, 1, 30):
-        whole = global_batch(folder, step, 8, 8, 64, **kw)
-        for B, world_size in ((1, 1), (2, 1), (4, 2), (1, 8), (2, 4)):
-            assert torch.equal(whole, global_batch(folder, step, B, 8, 64, world_size, **kw))
+def test_targets_are_the_next_tokens(tmp_path):
+    for x, y in loader(numbered(tmp_path / "d", 1000), 2, 8, 32).batches(0):
+        assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (2, 8)
+        assert torch.equal(y, x + 1)
 
 
-def test_an_epoch_uses_every_window_once_and_the_next_one_has_another_order(tmp_path):
-    folder = numbered(tmp_path / "d", 1001)  # 125 windows: epochs do not end where batches do
-    loader = DataLoaderLite(folder, "train", 4, 8, 32, shuffle=True, seed=1)
-    order = np.concatenate([loader.order(step) for step in range(125)])  # 500 positions: four epochs
-    epochs = order.reshape(4, 125)
-    assert all(sorted(epoch) == list(range(125)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    again = DataLoaderLite(folder, "train", 4, 8, 32, shuffle=True, seed=1)
-    assert np.array_equal(again.order(77), loader.order(77))  # no state: any step, in any order
-    assert not np.array_equal(DataLoaderLite(folder, "train", 4, 8, 32, shuffle=True, seed=2).order(0), loader.order(0))
+def test_another_seed_is_another_order(tmp_path):
+    folder = numbered(tmp_path / "d", 1001)
+    one, two, again = (loader(folder, 4, 8, 32, seed=seed) for seed in (1, 2, 1))
+    assert one.order(3) == again.order(3) != two.order(3)
+    assert one.order(77) == again.order(77)  # no state: any step, in any order
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 65, 1000, 4097])
-def test_permute_is_a_permutation(n):
-    assert sorted(permute(np.arange(n), n, (3, 4)).tolist()) == list(range(n))
-
-
-def test_permute_looks_random():
-    n, seeds = 97, 2000
-    where = np.stack([permute(np.arange(n), n, (seed, 0)) for seed in range(seeds)])
-    # element 0 lands everywhere equally often (chi-square of 96 degrees of freedom: mean 96, standard deviation 14)
-    for element in (0, 50, 96):
-        counts = np.bincount(where[:, element], minlength=n)
-        assert ((counts - seeds / n) ** 2 / (seeds / n)).sum() < 96 + 5 * 14
-    # neighbours part: their distance is that of two independent draws, (n + 1) / 3
-    assert abs(np.abs(np.diff(where, axis=1)).mean() - (n + 1) / 3) < 0.5
-    assert permute(np.arange(0, 10**12, 10**11), 10**12, 0).max() < 10**12  # a table of this size would not fit
-
-
-def test_the_next_step_is_read_ahead(tmp_path):
-    loader = DataLoaderLite(numbered(tmp_path / "d", 1000), "train", 2, 8, 32)
-    list(loader.batches(3, torch.device("cpu")))
-    step, future = loader.ahead
-    assert step == 4 and torch.equal(future.result(timeout=5), loader.read_step(4))
+def test_the_next_step_is_read_meanwhile(tmp_path, monkeypatch):
+    read, done = DataLoaderLite.read_step, []
+    slow = lambda self, step: (time.sleep(0.2), done.append(step), read(self, step))[2]  # noqa: E731
+    monkeypatch.setattr(DataLoaderLite, "read_step", slow)
+    batches = loader(numbered(tmp_path / "d", 1000), 2, 8, 32)
+    batches.batches(3)
+    time.sleep(0.5)
+    assert done == [3, 4]
+    began = time.perf_counter()
+    batches.batches(4)
+    assert time.perf_counter() - began < 0.1 and done == [3, 4]
 
 
 def test_broken_input_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="python fineweb.py"):
-        DataLoaderLite(tmp_path, "train", 1, 8)
-    folder = numbered(tmp_path / "d", 5)
-    with pytest.raises(UserError, match="too few"):
-        DataLoaderLite(folder, "train", 1, 8)
-    loader = DataLoaderLite(numbered(tmp_path / "e", 500), "train", 1, 8, vocab_size=100)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no train shards; python fineweb.py --source FILES --out"):
+        loader(tmp_path / "empty", 1, 8, 8)
+    with pytest.raises(UserError, match="hold 5 tokens, too few for --seq_len 8"):
+        loader(numbered(tmp_path / "d", 5), 1, 8, 8)
+    flags = dict(seq_len=8, total_batch_size=8, shuffle=False)
+    config = Config(data_dir=str(numbered(tmp_path / "e", 500)), **flags)
     with pytest.raises(UserError, match="knows 100 ids"):
-        list(loader.batches(50, torch.device("cpu")))
+        DataLoaderLite(config, "train", 1, n_tokens=100).batches(50)
+    (tmp_path / "e/manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="manifest.json is no manifest"):
+        loader(tmp_path / "e", 1, 8, 8)
 
 
-def test_validation_covers_the_same_tokens_for_every_split_of_the_work(tmp_path, tiny):
-    """The mean over the first val_tokens, by one forward pass a window, against every micro-batch size and number of ranks."""
-    folder = write_shards(tmp_path / "d", val=32 * 21 + 9)
-    windows = np.load(folder / "made_val_000000.npy").astype(np.int64)
-    windows = torch.from_numpy(np.stack([windows[i * 32 : i * 32 + 33] for i in range(13)]))
-    with torch.no_grad():
-        expected = torch.stack([tiny(w[None, :-1], w[None, 1:])[1] for w in windows]).mean().item()
-    cpu = torch.device("cpu")
-    for B in (1, 2, 5, 13, 16):
-        loader = DataLoaderLite(folder, "val", B, 32)
-        assert evaluate(tiny, loader, 13 * 32, cpu) == pytest.approx(expected, abs=1e-5)
-    everything = evaluate(tiny, DataLoaderLite(folder, "val", 4, 32), 10**9, cpu)
-    assert everything == pytest.approx(evaluate(tiny, DataLoaderLite(folder, "val", 7, 32), 21 * 32, cpu), abs=1e-5)
+def shard_names(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        numbered(folder / "x", 9, form=name.split(".")[-1], name="made")
+        (folder / "x" / f"made.{name.split('.')[-1]}").rename(folder / name)
+        (folder / "x").rmdir()
+    return [[p.name for p in fineweb.list_shards(folder, s)] for s in ("val", "train")]
+
+
+def test_names_of_shards(tmp_path):
+    ours = shard_names(tmp_path / "a", "edufineweb_val_000000.npy", "edufineweb_train_000001.npy")
+    assert ours == [["edufineweb_val_000000.npy"], ["edufineweb_train_000001.npy"]]
+    llmc = shard_names(tmp_path / "b", "tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin")
+    assert llmc == [["tiny_shakespeare_val.bin"], ["tiny_shakespeare_train.bin"]]
+    # the last split word counts; numbers sort as numbers; what begins with a dot is no shard
+    names = ["my_train_set_val_0.npy", "x_train_10.npy", "x_train_2.npy", ".x_train_3.npy"]
+    odd = shard_names(tmp_path / "c", *names, "training_1.npy")
+    assert odd == [["my_train_set_val_0.npy"], ["x_train_2.npy", "x_train_10.npy"]]
+    with pytest.raises(UserError, match="x_train_2.bin.* stands beside it"):
+        shard_names(tmp_path / "c", "x_train_2.bin")

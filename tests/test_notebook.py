@@ -15,5 +15,9 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
     text = "".join(o.get("text", "") for o in outputs)
-    assert "step_00002" in text and text.count("> The for statement is used to") == 4 and "val: first 10.8" in text
+    assert (
+        "step_00002" in text
+        and text.count("> The for statement is used to") == 4
+        and "val: first 10.8" in text
+    )
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 3

@@ -1,0 +1,288 @@
+"""The invariants, one test each, which bears its number: `pytest -k test_5` shows that 5 holds.
+
+1. Data order is a pure function of (seed, step): global batch s is windows [first(s), first(s + 1))
+   of an endless sequence of epochs, in each of which every window comes once, however many
+   processes and micro-batches share it.
+2. The loss that is printed is the mean over the global batch.
+3. Gradient accumulation, data parallelism and one big batch agree to rounding.
+4. Evaluation never perturbs training, and covers the same tokens however they are shared.
+5. Resuming is exact: N steps, and n steps, a stop and N - n more give the same bits, with no flag
+   but --resume and the folder.
+6. Weights match the reference: logits and gradients equal Hugging Face's GPT-2, both ways.
+7. Sampling never yields an id of 50257 or more, and equals itself without the cache.
+8. Compilation is bounded: training and validation are compiled, two graphs in the first step and
+   none after it; sampling and HellaSwag run the raw model.
+"""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import log_of, run, run_here, train, write_shards
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hellaswag
+from fineweb import VOCAB_SIZE
+from train_gpt2 import (
+    GPT,
+    Config,
+    DataLoaderLite,
+    GPTConfig,
+    evaluate,
+    make_scaler,
+    training_step,
+    transpose_conv1d,
+)
+
+CPU = torch.device("cpu")
+OFF = torch.autocast("cpu", torch.bfloat16, enabled=False)
+
+
+# 1
+
+
+def global_batch(config, step, B, world_size=1):
+    """The windows of a global batch in the order of their positions, put together from all ranks:
+    (sequences, T + 1)."""
+    loaders = [DataLoaderLite(config, "train", B, rank, world_size) for rank in range(world_size)]
+    micro_steps = zip(*(loader.batches(step) for loader in loaders))
+    parts = [torch.cat([x, y[:, -1:]], 1) for ranks in micro_steps for x, y in ranks]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("ramp", [0, 6])
+def test_1_data_order_is_a_function_of_seed_and_step(tmp_path, shuffle, ramp):
+    """Against a plain list of all positions: permutations written out epoch after epoch, cut where
+    the batch sizes say, for every way to share a batch; then once more after a restart."""
+    tokens = np.arange(1001, dtype=np.uint16)  # each its own address; 125 windows of 8 + 1
+    for i, part in enumerate(np.split(tokens, [3, 700])):  # windows run over ends of shards
+        np.save(tmp_path / f"made_train_{i}.npy", part)
+    flags = dict(shuffle=shuffle, batch_ramp_steps=ramp, seed=5)
+    config = Config(data_dir=str(tmp_path), seq_len=8, total_batch_size=512, **flags)
+    epochs = [np.random.RandomState([5, epoch]).permutation(125) for epoch in range(4)]
+    positions = np.concatenate(epochs if shuffle else [np.arange(125)] * 4)
+    sizes = [8, 8, 16, 16, 32, 32, 64, 64] if ramp else [64] * 7
+    for step, windows in enumerate(np.split(positions, np.cumsum(sizes))[: len(sizes)]):
+        expected = [list(range(8 * w, 8 * w + 9)) for w in windows]
+        for B, world_size in ((8, 1), (1, 1), (2, 1), (4, 2), (1, 8), (2, 4)):
+            assert global_batch(config, step, B, world_size).tolist() == expected, (step, B)
+    if not ramp and shuffle:  # every window once per epoch
+        assert sorted(positions[:125]) == list(range(125)) != positions[:125].tolist()
+
+
+# 2
+
+
+def test_2_the_printed_loss_is_the_mean_over_the_global_batch(base, base_of_two):
+    """Of step 0, window by window, through transformers' GPT-2 with the weights of the seed."""
+    shards, out, _ = base
+    torch.manual_seed(1337)
+    ours = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
+    shape = dict(n_positions=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
+    theirs = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    state = {name: transpose_conv1d(name, t) for name, t in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    tokens = np.concatenate([np.load(path) for path in sorted(shards.glob("*train*"))])
+    order = np.random.RandomState([1337, 0]).permutation((len(tokens) - 1) // 32)
+    losses = []
+    for window in order[:8]:  # 256 tokens
+        ids = torch.from_numpy(tokens[32 * window : 32 * window + 33].astype(np.int64))
+        with torch.no_grad():
+            losses.append(F.cross_entropy(theirs(ids[None, :-1]).logits[0], ids[1:]).item())
+    assert max(losses) - min(losses) > 0.01  # or else the mean of some would do
+    for folder in (out, base_of_two):
+        assert log_of(folder)["train"][0] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+# 3
+
+
+@pytest.mark.parametrize("batch, processes", [(2, 1), (8, 1), (2, 2), (4, 2)])
+def test_3_accumulation_and_processes_and_one_big_batch_agree(
+    base, request, tmp_path, batch, processes
+):
+    shards, base_out, _ = base
+    if (batch, processes) == (4, 2):
+        out = request.getfixturevalue("base_of_two")
+    else:
+        out = tmp_path / "out"
+        train(shards, out, batch=batch, processes=processes)
+    ours, theirs = log_of(out), log_of(base_out)
+    for stream in ("train", "norm", "val"):
+        assert ours[stream] == pytest.approx(theirs[stream], abs=1e-4), stream
+
+
+# 4
+
+
+def test_4_evaluation_never_perturbs_training(base, tmp_path, tiny):
+    shards, out, _ = base
+    often = "--val_every 1 --sample_every 1 --sample_tokens 3 --save_every 1 --prompt".split()
+    train(shards, tmp_path / "out", *often, "")
+    for stream in ("train", "norm", "lr"):
+        assert log_of(tmp_path / "out")[stream] == log_of(out)[stream]
+    # and it covers the same tokens: one forward pass per window against every way to share them
+    folder = write_shards(tmp_path / "d", val=32 * 21 + 9)
+    windows = np.load(folder / "made_val_000000.npy").astype(np.int64)
+    windows = torch.from_numpy(np.stack([windows[i * 32 : i * 32 + 33] for i in range(21)]))
+    with torch.no_grad():
+        losses = [F.cross_entropy(tiny(w[None, :-1])[0], w[1:]).item() for w in windows]
+    config = Config(data_dir=str(folder), seq_len=32)
+    for B in (1, 2, 5, 13, 16):
+        loader = DataLoaderLite(config, "val", B)
+        assert evaluate(tiny, loader, 13 * 32 + 5, OFF) == pytest.approx(
+            np.mean(losses[:13]), abs=1e-5
+        )
+        assert evaluate(tiny, loader, 10**9, OFF) == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+# 5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_5_resuming_is_exact(base, request, tmp_path, processes):
+    """As if the run had been killed in step 6, while it wrote a checkpoint, with a longer log."""
+    _, whole, _ = base
+    if processes == 2:
+        whole = request.getfixturevalue("base_of_two")
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "step_00008")
+    lines = (whole / "log.txt").read_text().splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines) if line.startswith("6 lr"))
+    (out / "log.txt").write_text("".join(lines[:cut]) + "6 no")
+    (out / "tmp_step_00008").mkdir()
+    if processes == 1:
+        run_here("--resume", "--out_dir", out)
+    else:
+        run("train_gpt2.py", "--resume", "--out_dir", out, processes=2)
+    assert (out / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
+    for name in ("model.safetensors", "config.json"):
+        assert (out / "step_00008" / name).read_bytes() == (
+            whole / "step_00008" / name
+        ).read_bytes()
+    a, b = (torch.load(d / "step_00008/training_state.pt", weights_only=True) for d in (out, whole))
+    assert a["config"] | dict(out_dir="", resume=False) == b["config"] | dict(out_dir="")
+    for name, tensor in a["model"].items():
+        assert torch.equal(tensor, b["model"][name]), name
+    for i, moments in a["optimizer"]["state"].items():
+        assert all(torch.equal(moments[k], b["optimizer"]["state"][i][k]) for k in moments), i
+
+
+# 6
+
+
+def random_hugging_face(directory, **changes):
+    """A random GPT-2 of Hugging Face's, with each tensor away from its initial value, saved."""
+    torch.manual_seed(1)
+    shape = dict(n_layer=3, n_head=4, n_embd=64, n_positions=48, vocab_size=50257)
+    dropout = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    model = GPT2LMHeadModel(GPT2Config(**shape | dropout | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    model.save_pretrained(directory)
+    return model.train()
+
+
+def test_6_weights_match_hugging_face(tmp_path, tiny):
+    theirs = random_hugging_face(tmp_path / "theirs")
+    ours = GPT.from_pretrained(tmp_path / "theirs")
+    shape = dict(block_size=48, vocab_size=50257, n_layer=3, n_head=4, n_embd=64)
+    assert ours.config == GPTConfig(**shape)  # their own sizes
+    ids = torch.randint(VOCAB_SIZE, (3, 41), generator=torch.Generator().manual_seed(2))
+    out, loss = theirs(ids, labels=ids), ours(ids[:, :-1], ids[:, 1:])
+    torch.testing.assert_close(ours(ids), out.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, out.loss, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    out.loss.backward()
+    grads = {name: p.grad for name, p in ours.named_parameters()}
+    reference = {name: transpose_conv1d(name, p.grad) for name, p in theirs.named_parameters()}
+    assert grads.keys() == reference.keys()
+    for name in grads:
+        torch.testing.assert_close(grads[name], reference[name], rtol=1e-4, atol=1e-6, msg=name)
+    # and out again, without the padding rows
+    tiny.save_pretrained(tmp_path / "ours")
+    back, info = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        logits = back(ids[:, :32]).logits
+        torch.testing.assert_close(
+            tiny(ids[:, :32])[..., :VOCAB_SIZE], logits, rtol=1e-5, atol=1e-5
+        )
+
+
+# 7
+
+
+def plain_sampling(model, prompt, n, temperature, top_k, seed):
+    """The lecture's loop: no cache, softmax over all, then top-k."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor(prompt)
+    for _ in range(n):
+        logits = model(ids[:, -model.config.block_size :])[:, -1, :VOCAB_SIZE]
+        probs, top = F.softmax(logits / temperature, -1).topk(top_k)
+        drawn = torch.multinomial(probs, 1, generator=generator)
+        ids = torch.cat([ids, top.gather(1, drawn)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("n", [10, 40])  # within the context of 32, and past it
+@pytest.mark.parametrize("temperature, top_k", [(0.8, 50), (1.5, 3), (1.0, 50257)])
+def test_7_sampling_equals_the_plain_loop_and_draws_no_padding(
+    tiny, use_cache, n, temperature, top_k
+):
+    with torch.no_grad():
+        tiny.transformer.wte.weight[:VOCAB_SIZE] *= 20  # so that what is likely is not near a tie
+        tiny.lm_head.weight[VOCAB_SIZE:] = 1000 * tiny.lm_head.weight[:47]  # would win every draw
+        prompt = [[5, 50256, 77, 1000], [1, 2, 3, 4]]
+        expected = plain_sampling(tiny, prompt, n, temperature, top_k, seed=7)
+    idx = torch.tensor(prompt)
+    found = tiny.generate(idx, n, temperature, top_k % 50257, seed=7, use_cache=use_cache)
+    assert torch.equal(found, expected) and found.max() < VOCAB_SIZE
+    greedy = tiny.generate(idx, n, temperature=0, use_cache=use_cache)
+    with torch.no_grad():
+        assert torch.equal(greedy, plain_sampling(tiny, prompt, n, 1.0, 1, seed=0))
+
+
+# 8
+
+
+def test_8_two_graphs_are_made_in_the_first_step_and_none_later(monkeypatch):
+    """Of the model that is trained and validated, through dynamo with a backend that only counts;
+    sampling and HellaSwag stand between, on the raw model, with shapes of their own."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch._dynamo.reset()
+    raw = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
+    model = torch.compile(raw, backend=counter, fullgraph=True, dynamic=False)
+    optimizer, scaler = raw.configure_optimizers(0.1, 1e-3), make_scaler("float32", CPU)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    rng, made = np.random.default_rng(0), []
+
+    def ids(n):
+        return rng.integers(0, 50257, size=n).tolist()
+
+    def batch():
+        tokens = torch.from_numpy(rng.integers(0, 50257, size=(4, 33)))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    items = [
+        hellaswag.Item(i, 0, ids(rng.integers(5, 30)), [ids(5), ids(2), ids(7), ids(3)], [1] * 4)
+        for i in range(12)
+    ]
+    for step in range(3):
+        with torch.no_grad(), autocast:
+            model(*batch())
+            hellaswag.score(raw, items, "cpu", token_budget=256)
+            raw.generate(torch.tensor([ids(7)] * 4), 6)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 / (step + 1)
+        training_step(model, [batch(), batch()], optimizer, scaler, autocast, 1.0)
+        made.append(counter.frame_count)
+    assert made == [2, 2, 2] and not torch._dynamo.utils.counters["graph_break"]

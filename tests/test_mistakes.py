@@ -1,0 +1,156 @@
+"""What users get wrong is one sentence that says what to do; nothing already written is lost."""
+
+import subprocess
+
+import pytest
+import torch
+from conftest import run_here, train
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+import train_gpt2
+from train_gpt2 import explain, find_checkpoints
+
+
+def refused(done, sentence):
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and len(lines) == 1, done.stdout + done.stderr
+    assert sentence in lines[0] and lines[0].startswith("train_gpt2.py: "), lines[0]
+
+
+WRONG = [
+    ("--total_batch_size 200", "--total_batch_size 200 is not a multiple of micro_batch_size"),
+    (
+        "--total_batch_size 512 --batch_ramp_steps 4",
+        "is not a multiple of 8 (--batch_ramp_steps) x",
+    ),
+    ("--overfit_one_batch --batch_ramp_steps 4", "one batch does not grow"),
+    ("--micro_batch_size 0", "--micro_batch_size 0: must be at least 1"),
+    ("--max_steps -1", "--max_steps -1: must be at least 0"),
+    ("--n_layer 0", "--n_layer 0: must be at least 1"),
+    ("--max_lr nan", "--max_lr nan: must be"),
+    ("--max_lr inf", "--max_lr inf: must be"),
+    ("--seed 4294967296", "must be less than 2**32"),
+    ("--temperature 1e-300", "--temperature 1e-300: must be 0, or at least 0.01"),
+    ("--sample_only", "--sample_only needs weights"),
+    ("--n_head 5", "--n_embd 32 is not a multiple of --n_head 5"),
+    ("--seq_len 64 --block_size 32", "--seq_len 64: the model's context has 32 tokens"),
+    ("--n_layer 1000000000", "--n_layer and --n_embd: weights of"),
+]
+
+
+@pytest.mark.parametrize("flags, sentence", WRONG)
+def test_wrong_flags(base, tmp_path, flags, sentence):
+    flags = flags.split()
+    batch = flags[1] if flags[0] == "--micro_batch_size" else 4
+    done = train(base[0], tmp_path / "out", *flags, batch=batch, check=False)
+    refused(done, sentence)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_folders(base, tmp_path):
+    shards, out, _ = base
+    before = (out / "log.txt").read_bytes()
+    nowhere = tmp_path / "nowhere"
+    alone = train(nowhere, tmp_path / "out", check=False, alone=True)
+    refused(alone, "nowhere: there are no train shards; python fineweb.py --source")
+    refused(train(shards, out, check=False), "holds a run; add --resume")
+    file = shards / "made_val_000000.npy"
+    refused(train(shards, file, check=False), "made_val_000000.npy: is a file")
+    for name in (nowhere, "./nothing", "gpt3"):
+        done = run_here("--sample_only", "--init_from", name, check=False)
+        refused(done, f"{name}: no such directory; give one, or a name: gpt2,")
+    if not torch.cuda.is_available():
+        refused(train(shards, out, "--device", "cuda", check=False), "--device cuda: there is none")
+    assert (out / "log.txt").read_bytes() == before
+
+
+def test_weights_bring_their_own_shape(base, tmp_path):
+    shards, out, _ = base
+    start = ["--init_from", out / "step_00008", "--out_dir", tmp_path / "out", "--device", "cpu"]
+    for flag in ("--n_layer 24", "--model gpt2-medium", "--vocab_size 50257", "--block_size 8"):
+        done = run_here(*start, "--data_dir", shards, *flag.split(), check=False)
+        refused(
+            done, f"{flag.split()[0]}: the weights of --init_from bring their own; leave it away"
+        )
+    demo = "--demo --max_steps 0 --seq_len 32 --val_every 0 --sample_every 0".split()
+    run_here(*start, "--data_dir", shards, *demo)  # the demo's own shape is not a flag
+
+
+OTHER_RUN = ["--seed 2", "--n_embd 64", "--model gpt2-xl", "--no-shuffle", "--seq_len 16"]
+OTHER_RUN += ["--total_batch_size 512", "--batch_ramp_steps 3", "--overfit_one_batch"]
+
+
+@pytest.mark.parametrize("flag", [*OTHER_RUN, "--init_from gpt2", "--vocab_size 50257"])
+def test_resume_refuses_what_would_be_another_run(base, flag):
+    before = (base[1] / "log.txt").read_bytes()
+    done = run_here("--resume", "--out_dir", base[1], *flag.split(), check=False)
+    name = flag.split()[0].removeprefix("--").removeprefix("no-")
+    refused(done, f"step_00008 was trained with --{name}")
+    assert "start another run with --init_from" in done.stderr
+    assert (base[1] / "log.txt").read_bytes() == before
+
+
+def test_a_mistake_under_torchrun_is_said_once(base, tmp_path):
+    done = train(base[0], tmp_path / "out", "--n_head", 5, processes=2, check=False)
+    said = done.stderr.count("train_gpt2.py: --n_embd 32 is not a multiple of --n_head 5")
+    assert done.returncode and said == 1, done.stderr
+
+
+def test_a_choice_that_is_odd_is_said(shards, tmp_path):
+    flags = ["--max_steps", 1, "--min_lr", 1, "--val_every", 0]
+    done = train(shards, tmp_path / "out", *flags)
+    assert "warning: --warmup_steps is longer than the run" in done.stdout
+    assert "warning: --min_lr is more than --max_lr" in done.stdout
+
+
+def test_a_full_disk(base, tmp_path):
+    """Of 12 MB: the first checkpoint, of 14, cannot be written; the log is."""
+    (tmp_path / "full").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", tmp_path / "full"]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        done = train(base[0], tmp_path / "full", "--save_every", 2, check=False)
+        refused(done, "step_00002 cannot be written (")
+        assert "make room" in done.stderr and find_checkpoints(tmp_path / "full") == []
+        assert [p.name for p in (tmp_path / "full").iterdir() if p.is_dir()] == []
+    finally:
+        subprocess.run(["umount", tmp_path / "full"], check=True)
+
+
+def test_compiling_where_that_cannot_be(base, tmp_path, monkeypatch):
+    """In the words, and the wrapping, of torch without a C++ compiler."""
+
+    def compile(*args, **kw):
+        raise InductorError(InvalidCxxCompiler(), None)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    done = train(base[0], tmp_path / "out", "--compile", check=False)
+    refused(done, "torch.compile cannot work here")
+    assert "C++ compiler" in done.stderr and "add --no-compile" in done.stderr
+
+
+def test_out_of_memory(base, tmp_path, monkeypatch):
+    errors = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()]
+    errors += [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")]
+    errors += [InductorError(torch.OutOfMemoryError("CUDA out of memory"), None)]
+    for i, error in enumerate(errors):
+
+        def step(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(train_gpt2, "training_step", step)
+        done = train(base[0], tmp_path / str(i), check=False)
+        refused(done, "out of memory; give a smaller --micro_batch_size")
+
+
+def test_a_fault_of_the_program_is_a_traceback(base, tmp_path, monkeypatch):
+    for error in (KeyError("x"), ValueError("x"), RuntimeError("shapes"), AssertionError()):
+
+        def step(*args, error=error):
+            raise error
+
+        assert explain(error) is None
+        monkeypatch.setattr(train_gpt2, "training_step", step)
+        with pytest.raises(type(error)):
+            train(base[0], tmp_path / type(error).__name__, check=False)
