@@ -69,11 +69,13 @@ def blame(what, remedy):
         raise
     except Exception as error:
         cause = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
+        while inner := cause.__cause__ or (not cause.__suppress_context__ and cause.__context__):
+            cause = inner
         text = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
         if not isinstance(cause, (OSError, ValueError)) or not text:
             text = f"{type(cause).__name__}: {text}"
+        if isinstance(cause, json.JSONDecodeError):  # whose line numbers begin at each record
+            text += f" in {cause.doc[:60]!r}"
         raise UserError(f"{what} ({text}); {remedy}") from error
 
 
@@ -204,6 +206,14 @@ def open_shards(data_dir, split):
     check_manifest(data_dir)  # folders that other programs made have none to check
     # As plain arrays, whose slices are made faster than those of np.memmap.
     return {path.name: open_shard(path).view(np.ndarray) for path in list_shards(data_dir, split)}
+
+
+def describe_shards(data_dir):
+    """{name: [bytes, SHA-256 where a manifest has it, else None]} of all shards of a folder."""
+    manifests = read_manifests(data_dir).values()
+    sums = {shard["name"]: shard["sha256"] for m in manifests for shard in m["shards"]}
+    paths = sorted(p for p in Path(data_dir).iterdir() if SHARD.match(p.name))
+    return {p.name: [p.stat().st_size, sums.get(p.name)] for p in paths}
 
 
 def read_manifests(data_dir):
@@ -618,8 +628,11 @@ def build_demo(out):
             source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
             with redirect_stdout(io.StringIO()):  # it would name a folder that goes away
                 build(Config(source=str(source), out=f"{folder}/shards", workers=0))
-            with suppress(OSError):  # another process was first
+            try:
                 os.replace(f"{folder}/shards", out)
+            except OSError:
+                if not (out.is_dir() and any(out.iterdir())):  # else another process was first
+                    raise
 
 
 def main(argv=None):

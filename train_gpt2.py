@@ -31,9 +31,11 @@ of D channels each. "GPT-2" cites Radford et al. 2019, "GPT-3" Brown et al. 2020
 import ctypes
 import math
 import os
+import platform
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import timeit
@@ -216,9 +218,8 @@ class GPTConfig:
 
     @property
     def n_tokens(self):
-        """Rows of the vocabulary that stand for a token: all, unless 50304 says that the last 47
-        are padding."""
-        return VOCAB_SIZE if self.vocab_size == Config.vocab_size else self.vocab_size
+        """Rows of the vocabulary that stand for a token: all, but 50304 is 50257 and padding."""
+        return VOCAB_SIZE if self.vocab_size == 50304 else self.vocab_size
 
 
 def cross_entropy(x, weight, targets):
@@ -309,7 +310,7 @@ class GPT(nn.Module):
         next_logits = CachedDecoder(self) if use_cache else lambda idx: self(idx)[:, -1]
         generator = torch.Generator(idx.device).manual_seed(seed)
         if temperature == 0:
-            temperature, top_k = 1.0, 1
+            temperature, top_k = 1.0, 1  # one to draw from
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # the model can see no more
             logits = next_logits(context)[:, :VOCAB_SIZE]  # (B, V): padding is never drawn
@@ -355,8 +356,7 @@ class DataLoaderLite:
         self.config, self.B, self.T = config, B, config.seq_len
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.shards = open_shards(config.data_dir, split)  # {name: (n,) uint16, a memory map}
-        self.sizes = {name: len(shard) for name, shard in self.shards.items()}
-        self.ends = np.cumsum(list(self.sizes.values())).tolist()
+        self.ends = np.cumsum([len(shard) for shard in self.shards.values()]).tolist()
         self.limit = n_tokens  # ids that the model knows
         self.n_windows = (self.ends[-1] - 1) // self.T
         if self.n_windows < 1:
@@ -501,6 +501,7 @@ def train(config, checkpoint=None):
     the number of the signal that stopped it, or 0."""
     rank, world_size, device = init_processes(config.device)  # by torchrun; else 0 and 1
     check(config, world_size)
+    catch_signals()  # from now on they are heeded after a step
     master = rank == 0  # the process that speaks and writes
 
     # The lecture's ladder, a rung per line. In brackets: ms per step of B=16, T=1024 on its A100,
@@ -509,6 +510,8 @@ def train(config, checkpoint=None):
     config = replace(config, dtype=pick_dtype(config.dtype, device))  # bfloat16 where it can (300)
     autocast = torch.autocast(device.type, getattr(torch, config.dtype), config.dtype != "float32")
     raw_model = build_model(config, checkpoint).to(device)  # vocabulary 50304, not 50257 (93)
+    if config.sample_only:
+        return print_samples(raw_model, config, autocast)
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model  # (130)
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
     scaler = make_scaler(config.dtype, device)  # for float16, which lacks bfloat16's range
@@ -518,9 +521,10 @@ def train(config, checkpoint=None):
 
     if config.demo:
         fineweb.build_demo(config.data_dir)
-    share = dict(rank=rank, world_size=world_size, device=device)
-    loader = DataLoaderLite(config, "train", B, **share, n_tokens=raw_model.config.n_tokens)
-    val_loader = DataLoaderLite(config, "val", B, **share) if config.val_every else None
+    share = dict(B=B, rank=rank, world_size=world_size, device=device)
+    share |= dict(n_tokens=raw_model.config.n_tokens)
+    loader = DataLoaderLite(config, "train", **share)
+    val_loader = DataLoaderLite(config, "val", **share) if config.val_every else None
     items = None  # of HellaSwag
     if config.hellaswag_every and raw_model.config.vocab_size >= VOCAB_SIZE:
         items = hellaswag.items_or_none(config.hellaswag_data, raw_model.config.block_size)
@@ -594,21 +598,19 @@ def train(config, checkpoint=None):
 def init_processes(device_name="auto"):
     """(rank, world_size, device), which mean the same with and without torchrun, so that nothing
     after this has a special case. Under torchrun the processes find each other here."""
-    rank, local_rank, world_size, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1).items()
-    )
-    device = pick_device(device_name, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    if "RANK" in os.environ:
-        if device.type != "cuda":  # torchrun allows each process one core: share all that there are
+    with fineweb.blame("the processes cannot find each other", "start them with torchrun"):
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        found = [int(os.environ.get(name, "SIZE" in name)) for name in names]  # or 0, 1, 0, 1
+        rank, world_size, local_rank, local_world_size = found
+        device = pick_device(device_name, local_rank)
+        if device.type == "cpu":
+            keep_freed_memory()
+        if "RANK" in os.environ and device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=device)
+        elif "RANK" in os.environ:  # torchrun allows each process one core: share them all
             torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
-        nccl = dict(backend="nccl", device_id=device)
-        with fineweb.blame("the processes cannot find each other", "start them with torchrun"):
-            dist.init_process_group(**nccl if device.type == "cuda" else dict(backend="gloo"))
+            dist.init_process_group("gloo")
     return rank, world_size, device
 
 
@@ -692,7 +694,8 @@ def catch_signals():
 
     def note(number, frame):
         received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     received.clear()
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # Windows lacks the last two
@@ -711,6 +714,10 @@ def build_model(config, checkpoint=None):
         model.load_state_dict(checkpoint["model"])
     elif config.init_from != "scratch":
         model = GPT.from_pretrained(config.init_from)
+    elif config.sample_only:
+        raise UserError(
+            "--sample_only needs weights; add --init_from gpt2, or a checkpoint's folder"
+        )
     else:
         given = {name: getattr(config, name) for name in SIZES["gpt2"] if getattr(config, name)}
         shape = SIZES[config.model] | given
@@ -803,7 +810,8 @@ class Saver:
             **dict(step=step, evaluated=evaluated, config=asdict(self.config)),
             **dict(gpt_config=asdict(self.model.config), model=self.model.state_dict()),
             **dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict()),
-            shards=self.loader.sizes,
+            **dict(shards=fineweb.describe_shards(self.config.data_dir), versions=versions()),
+            world_size=self.loader.world_size,
         )
         remedy = "make room and go on with --resume; older checkpoints are whole"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -832,8 +840,8 @@ class Saver:
 
 def give_up(config, why):
     saved = find_checkpoints(config.out_dir)
-    where = f"from {saved[-1][1]}" if saved else "from the start, as nothing was saved yet"
-    raise UserError(f"{why}; lower --max_lr or look at the data, and go on {where} with --resume")
+    where = f"--resume goes on from {saved[-1][1]}" if saved else "nothing was saved before that"
+    raise UserError(f"{why}; lower --max_lr or look at the data: {where}")
 
 
 def newest_checkpoint(out_dir):
@@ -984,6 +992,18 @@ class Progress:
         return f"{line} | left {left}"
 
 
+def versions():
+    """What a run depends on besides its configuration: {name: version}, and the device."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    libraries = dict(torch=str(torch.__version__), numpy=np.__version__)
+    return dict(commit=commit, python=platform.python_version(), **libraries, device=device)
+
+
 def announce(config, model, loader, val_loader, checkpoint):
     """What stands on the screen before the first step."""
     device, processes, B, T = loader.device, loader.world_size, loader.B, loader.T
@@ -991,8 +1011,12 @@ def announce(config, model, loader, val_loader, checkpoint):
     compiled, V = "compiled" if config.compile else "not compiled", model.config.vocab_size
     total, tokens = config.total_batch_size, loader.ends[-1]
     accum, epochs = total // (B * T * processes), tokens_before(config.max_steps, config) / tokens
+    usual = asdict(DEMO if config.demo else Config())
+    given = {name: value for name, value in asdict(config).items() if value != usual[name]}
     lines = [
-        f"device: {processes} x {name}, {config.dtype}, {compiled}; torch {torch.__version__}",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "settings: " + ", ".join(f"{name} {value}" for name, value in given.items()),
+        f"device: {processes} x {name}, {config.dtype}, {compiled}",
         f"model: {model.num_params():,} parameters; {model.config}",
         f"batch: {total:,} tokens = {B} sequences x {T} tokens x {processes} processes x {accum} "
         "micro-steps",
@@ -1011,7 +1035,7 @@ def announce(config, model, loader, val_loader, checkpoint):
         lines += ["warning: --min_lr is more than --max_lr, so the rate will rise"]
     if checkpoint:
         lines += [f"resuming {checkpoint['path']}"]
-        if loader.sizes != checkpoint["shards"]:
+        if fineweb.describe_shards(config.data_dir) != checkpoint["shards"]:
             lines += [f"warning: {config.data_dir} holds other shards than before"]
         if checkpoint["step"] >= config.max_steps:
             lines += [f"nothing is left to do: --max_steps is {config.max_steps}"]
@@ -1025,7 +1049,7 @@ def announce(config, model, loader, val_loader, checkpoint):
 def print_samples(model, config, autocast, rows=4):
     """Continuations of --prompt, each up to its <|endoftext|>."""
     if model.config.vocab_size < VOCAB_SIZE:
-        return
+        return print0(f"no samples: the model has {model.config.vocab_size} tokens, not GPT-2's")
     enc = tokenizer()
     prompt = enc.encode_ordinary(config.prompt) or [enc.eot_token]
     idx = torch.tensor([prompt] * rows, device=model.lm_head.weight.device)
@@ -1246,23 +1270,6 @@ def check(config, world_size):
         raise UserError(f"--total_batch_size {config.total_batch_size} {why}")
 
 
-def sample(config, checkpoint):
-    """--sample_only."""
-    check(config, 1)
-    if config.init_from == "scratch" and not checkpoint:
-        raise UserError(
-            "--sample_only needs weights; add --init_from gpt2, or a checkpoint's folder"
-        )
-    device = pick_device(config.device)
-    dtype = getattr(torch, pick_dtype(config.dtype, device))
-    model = build_model(config, checkpoint).to(device)
-    if model.config.vocab_size < VOCAB_SIZE:
-        raise UserError(
-            f"--sample_only: the model has no GPT-2 tokens but {model.config.vocab_size}"
-        )
-    print_samples(model, config, torch.autocast(device.type, dtype, dtype != torch.float32))
-
-
 def explain(error):
     """What the user can do about an error that their files, memory or machine caused, in one
     sentence; None for a fault of this program, which deserves a traceback."""
@@ -1289,11 +1296,7 @@ def main(argv=None):
     stopped = 0
     try:
         config, checkpoint = parse(sys.argv[1:] if argv is None else argv)
-        if config.sample_only:
-            sample(config, checkpoint)
-        else:
-            catch_signals()
-            stopped = train(config, checkpoint)
+        stopped = train(config, checkpoint)
     except KeyboardInterrupt:
         stopped = signal.SIGINT
     except Exception as error:

@@ -1,18 +1,18 @@
-"""How fast is fineweb.py, next to tiktoken alone and next to the usual Pool.imap, and how much memory does it take?
+"""How fast is fineweb.py, next to tiktoken alone and next to the usual Pool.imap, and how much
+memory does it take?
 
     python tests/bench_fineweb.py                                   # about ten minutes on two cores
     python tests/bench_fineweb.py --tokens 13000000 --repeats 1     # a minute
 
-Prints a Markdown table. The programs take turns, `repeats` times, and the medians are shown. Each one reads the same text
-once and `copies` times: the difference of the two runs is free of start-up, so tokens/s are those of a long run. CPU
-seconds count all of a program's processes, and are what to look at where other work disturbs the clock.
+Prints a Markdown table; asserts nothing. The programs take turns, `repeats` times, and the medians
+are shown. Each one reads the same text once and `copies` times: the difference of the two runs is
+free of start-up, so tokens/s are those of a long run. CPU seconds count all of a program's
+processes, and are what to look at where other work disturbs the clock.
 """
 
-import datetime
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))  # also for the spawned and forked children
 from fineweb import EOT, tokenizer  # noqa: E402
 
 CORPUS = ROOT / "../shared/data/corpus"
-SHARD_SIZE = 3_000_000  # small enough that the short run, too, fills the buffer: else memory would seem to grow
+SHARD_SIZE = 3_000_000  # so small that the short run fills it, too: else memory would seem to grow
 
 
 @dataclass
@@ -45,17 +45,15 @@ class Options:
     out: str = ""
 
 
-# ---- what is compared
+# What is compared -----------------------------------------------------------------------------
 
 
 def read_texts(folder):
     import pyarrow.parquet as pq
 
-    return [
-        t
-        for p in sorted(Path(folder).glob("*.parquet"))
-        for t in pq.read_table(p, columns=["text"])["text"].to_pylist()
-    ]
+    files = sorted(Path(folder).glob("*.parquet"))
+    columns = [pq.read_table(file, columns=["text"])["text"] for file in files]
+    return [text for column in columns for text in column.to_pylist()]
 
 
 def tiktoken_alone(folder):
@@ -76,7 +74,7 @@ def tokenize_document(document):
 
 
 def baseline(folder, out, workers, shard_size=SHARD_SIZE):
-    """The pattern of most tutorials: documents pickled to a pool, an array for each one back."""
+    """The pattern of most tutorials: each document pickled to a pool, an array back."""
     from datasets import load_dataset
 
     files = sorted(map(str, Path(folder).glob("*.parquet")))
@@ -95,11 +93,12 @@ def baseline(folder, out, workers, shard_size=SHARD_SIZE):
     np.save(Path(out, f"{number:06d}"), buffer[:filled])
 
 
-# ---- measuring
+# Measuring ------------------------------------------------------------------------------------
 
 
 def peak_memory(pid, peaks):
-    """Adds {pid: peak resident MB} of the process and its children to `peaks`, where there is /proc."""
+    """Adds {pid: peak resident MB} of the process and its children to `peaks`, where there is
+    /proc."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         peaks[pid] = int(status.split("VmHWM:")[1].split()[0]) / 1024
@@ -112,14 +111,11 @@ def peak_memory(pid, peaks):
 
 
 def measure(command):
-    """Wall seconds, CPU seconds with children, and peak MB of the main process and of its largest worker."""
+    """Wall seconds, CPU seconds with children, and peak MB of the main process and of its largest
+    worker."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     began, peaks = time.perf_counter(), {}
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"USE_TORCH": "0"},
-    )
+    process = subprocess.Popen(command, env=os.environ | {"USE_TORCH": "0"}, **pipes)
     done = threading.Event()
 
     def watch():
@@ -135,17 +131,15 @@ def measure(command):
     watcher.join()
     assert status == 0, command
     unknown = float("nan")
-    result = {
-        "seconds": seconds,
-        "cpu": usage.ru_utime + usage.ru_stime,
-        "main": peaks.pop(process.pid, unknown),
-        "worker": max(peaks.values(), default=unknown),
-    }
+    main = peaks.pop(process.pid, unknown)
+    result = dict(seconds=seconds, cpu=usage.ru_utime + usage.ru_stime)
+    result |= dict(main=main, worker=max(peaks.values(), default=unknown))
     return result | (json.loads(output) if output.startswith(b"{") else {})
 
 
 def make_source(folder, copies):
-    """`copies` times the corpus, or where there is none, CPython's documentation, in row groups as fine."""
+    """`copies` times the corpus, or where there is none, CPython's documentation, in row groups as
+    fine."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -180,90 +174,61 @@ def main():
             out = folder / "out"
             shutil.rmtree(out, ignore_errors=True)
             if name == "fineweb.py":
-                start = [sys.executable, ROOT / "fineweb.py", "--shard_size", SHARD_SIZE]
+                start = [ROOT / "fineweb.py", "--shard_size", SHARD_SIZE]
             else:
-                start = [
-                    sys.executable,
-                    __file__,
-                    "--program",
-                    "baseline" if name == "Pool.imap" else "tiktoken",
-                ]
-            return [
-                *map(str, start),
-                "--source",
-                str(source),
-                "--out",
-                str(out),
-                "--workers",
-                str(workers),
-            ]
+                start = [__file__, "--program", "baseline" if name == "Pool.imap" else "tiktoken"]
+            flags = ["--source", source, "--out", out, "--workers", workers]
+            return [sys.executable, *map(str, [*start, *flags])]
 
-        programs = [("tiktoken alone", 1)] + [
-            (name, w) for w in options.workers for name in ("fineweb.py", "Pool.imap")
-        ]
+        pairs = [(name, w) for w in options.workers for name in ("fineweb.py", "Pool.imap")]
+        programs = [("tiktoken alone", 1), *pairs]
         runs = {(p, n): [] for p in programs for n in sources}
-        for repeat in range(options.repeats):
+        for repeat in range(1, options.repeats + 1):
             for program in programs:
                 for n, source in sources.items():
-                    print(
-                        f"\r{repeat + 1}/{options.repeats} {program} {n}x   ",
-                        end="",
-                        file=sys.stderr,
-                    )
+                    line = f"\r{repeat}/{options.repeats} {program} {n}x   "
+                    print(line, end="", file=sys.stderr, flush=True)
                     runs[program, n].append(measure(command(*program, source)))
         print(file=sys.stderr)
 
     def median(program, n, key):
         return statistics.median(run[key] for run in runs[program, n])
 
-    def slope(program, key):  # seconds for a token, after start-up
+    def slope(program, key):  # seconds per token, after start-up
         pairs = zip(runs[program, 1], runs[program, copies])
-        return statistics.median(
-            (long[key] - short[key]) / (copies - 1) / tokens for short, long in pairs
-        )
+        more = [long[key] - short[key] for short, long in pairs]
+        return statistics.median(more) / (copies - 1) / tokens
 
-    packages = ", ".join(
-        f"{name} {version(name)}"
-        for name in ("tiktoken", "gigatoken", "numpy", "pyarrow", "datasets")
-    )
+    import torch  # not above: the programs that are measured do without it
+    from bench_hellaswag import heading
+
+    names = ("tiktoken", "gigatoken", "numpy", "pyarrow", "datasets")
+    packages = ", ".join(f"{name} {version(name)}" for name in names)
     print(
-        f"{datetime.date.today()}, {cpu_name()}, {os.cpu_count()} cores with a load of {os.getloadavg()[2]:.1f}, Python "
-        f"{platform.python_version()}, {packages}; {tokens * copies:,} tokens in {len(texts) * copies:,} documents, medians "
-        f"of {options.repeats}.\n"
+        f"{heading(torch.device('cpu'))}; {packages}; a load of {os.getloadavg()[2]:.1f}. "
+        f"{tokens * copies:,} tokens in {len(texts) * copies:,} documents, medians of "
+        f"{options.repeats}.\n"
     )
-    print(
-        "| program | workers | tokens/s | ÷ (workers × tiktoken) | ÷ Pool.imap | CPU s per M tokens | ÷ tiktoken | start-up s "
-        f"| main MB, 1× → {copies}× | worker MB, 1× → {copies}× |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    alone = slope(programs[0], "seconds"), slope(programs[0], "cpu")
+    columns = ["program", "workers", "tokens/s", "÷ (workers × tiktoken)", "÷ Pool.imap"]
+    columns += ["CPU s per M tokens", "÷ tiktoken", "start-up s"]
+    columns += [f"main MB, 1× → {copies}×", f"worker MB, 1× → {copies}×"]
+    print("|", " | ".join(columns), "|")
+    print("|" + "---|" * len(columns))
+    tiktoken_s, tiktoken_cpu = (slope(programs[0], key) for key in ("seconds", "cpu"))
     for program in programs:
         name, workers = program
         seconds, cpu = slope(program, "seconds"), slope(program, "cpu")
-        against = (
-            f"{slope(('Pool.imap', workers), 'seconds') / seconds:.2f}"
-            if name == "fineweb.py"
-            else ""
-        )
-        others = ["", "", ""]
+        against, start_up, memory = "", "", ["", ""]
+        if name == "fineweb.py":
+            against = f"{slope(('Pool.imap', workers), 'seconds') / seconds:.2f}"
         if program != programs[0]:
-            others[0] = f"{median(program, 1, 'seconds') - seconds * tokens:.1f}"
-            others[1:] = [
-                f"{median(program, 1, key):.0f} → {median(program, copies, key):.0f}"
-                for key in ("main", "worker")
-            ]
-        print(
-            f"| {name} | {workers} | {1 / seconds:,.0f} | {alone[0] / seconds / workers:.2f} | {against} | {cpu * 1e6:.3f} | "
-            f"{cpu / alone[1]:.2f} | {' | '.join(others)} |"
-        )
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+            start_up = f"{median(program, 1, 'seconds') - seconds * tokens:.1f}"
+            pairs = [[median(program, n, key) for n in (1, copies)] for key in ("main", "worker")]
+            memory = [f"{once:.0f} → {often:.0f}" for once, often in pairs]
+        cells = [name, f"{workers}", f"{1 / seconds:,.0f}"]
+        cells += [f"{tiktoken_s / seconds / workers:.2f}", against]
+        cells += [f"{cpu * 1e6:.3f}", f"{cpu / tiktoken_cpu:.2f}", start_up, *memory]
+        print("|", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":

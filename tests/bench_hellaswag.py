@@ -1,7 +1,7 @@
-"""
-How fast hellaswag.py scores, beside the plain loop that it replaces. Prints a Markdown table; asserts nothing.
+"""How fast hellaswag.py scores, beside the plain loop that it replaces. Prints a Markdown table;
+asserts nothing.
 
-    python tests/bench_hellaswag.py                # 124M with random weights; on CUDA also all items, compiled
+    python tests/bench_hellaswag.py    # 124M with random weights; on CUDA also all items
     python tests/bench_hellaswag.py --items 96 --repeats 5 --threads 1
 """
 
@@ -9,6 +9,7 @@ import argparse
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from datetime import date
@@ -27,7 +28,8 @@ FILES = [
 
 @torch.no_grad()
 def plain_loop(model, items, device="cpu"):
-    """The baseline: one item at a time, four padded rows, logits of the whole vocabulary everywhere. (n, 4) float32."""
+    """The baseline: one item at a time, four padded rows, logits of the whole vocabulary at every
+    position. Returns (n, 4) float32."""
     table = []
     for item in items:
         rows = [item.context + ending for ending in item.endings]
@@ -37,11 +39,9 @@ def plain_loop(model, items, device="cpu"):
             tokens[i, : len(row)] = torch.tensor(row)
             mask[i, len(item.context) : len(row)] = 1
         tokens, mask = tokens.to(device), mask.to(device)
-        logits = model(tokens)[:, :-1]
-        losses = F.cross_entropy(
-            logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        ).view(4, -1)
-        table.append((losses * mask[:, 1:]).sum(1).cpu())
+        logits, targets = model(tokens)[:, :-1], tokens[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        table.append((losses.view(4, -1) * mask[:, 1:]).sum(1).cpu())
     return torch.stack(table)
 
 
@@ -51,34 +51,47 @@ def timed(work):
     return time.perf_counter() - start, result
 
 
+# What all benchmarks say first ----------------------------------------------------------------
+
+
+def heading(device):
+    """The line that a table begins with: date, hardware, versions, and the commit of this
+    repository, left away where there is no git."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    facts = [str(date.today()), hardware(device), versions]
+    if found := commit(ROOT):
+        facts.append(f"commit {found}")
+    return "; ".join(facts)
+
+
 def hardware(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    name = next(names, platform.machine())
     return f"{name}, {threads}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def commit(folder):
+    """The short hash of a checkout, with '+' if its files differ from that; '' without git."""
+    command = ["git", "-C", folder, "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--items", type=int, default=48, help="for the comparison, evenly spaced over the file"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="of each, interleaved; medians are printed"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 = PyTorch's choice")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="on by itself on CUDA"
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--items", type=int, default=48, help="for the comparison, evenly spaced over the file")
+    add("--repeats", type=int, default=3, help="of each, interleaved; medians are printed")
+    add("--threads", type=int, default=0, help="of the CPU; 0 = PyTorch's choice")
+    add("--device", default="auto")
     args = parser.parse_args()
     from hellaswag import load_items, picks, score
     from train_gpt2 import GPT, GPTConfig, pick_device
@@ -86,60 +99,52 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    compiled = args.compile if args.compile is not None else device.type == "cuda"
     path = next((path for path in FILES if path.exists()), None)
     if path is None:
-        sys.exit(
-            "There is no hellaswag_val.jsonl: run `python hellaswag.py` once, it downloads it."
-        )
+        sys.exit("There is no hellaswag_val.jsonl: python hellaswag.py downloads it.")
     items = load_items(path, args.items)
     torch.manual_seed(0)
     model = GPT(GPTConfig()).to(device).eval()
 
     print(
-        f"{date.today()}; {hardware(device)}; torch {torch.__version__}, Python {platform.python_version()}. GPT-2 (124M), random"
+        f"{heading(device)}. GPT-2 (124M), random weights; {len(items)} items; medians of "
+        f"{args.repeats} interleaved repeats, after one that is not counted.\n"
     )
     print(
-        f"weights; {len(items)} items; medians of {args.repeats} interleaved repeats, after one that is not counted.\n"
-    )
-    print(
-        "| precision | form | items/s | against the plain loop | same picks (acc, acc_norm) | largest difference of a loss |"
+        "| precision | form | items/s | against the plain loop | same picks (acc, acc_norm) "
+        "| largest difference of a loss |"
     )
     print("|---|---|---:|---:|---:|---:|")
+    forms = {
+        "plain loop": lambda: plain_loop(model, items, device),
+        "hellaswag.py": lambda: score(model, items, device),
+    }
     for dtype in (torch.float32, torch.bfloat16):
-        torch._dynamo.reset()  # the number of graphs that may be compiled is limited
-        forms = {
-            "plain loop": lambda: plain_loop(model, items, device),
-            "hellaswag.py": lambda: score(model, items, device),
-        }
-        if compiled:
-            forms["hellaswag.py, compiled"] = lambda: score(model, items, device, compile=True)
         seconds, losses = {name: [] for name in forms}, {}
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             for repeat in range(args.repeats + 1):
                 for name, work in forms.items():
-                    elapsed, losses[name] = timed(work)
+                    elapsed, result = timed(work)
+                    losses[name] = result.double()
                     if repeat:
                         seconds[name].append(elapsed)
-        plain, reference = statistics.median(seconds["plain loop"]), losses["plain loop"].double()
+        plain, reference = statistics.median(seconds["plain loop"]), losses["plain loop"]
         for name in forms:
             median = statistics.median(seconds[name])
-            same = [
-                int((a == b).sum())
-                for a, b in zip(picks(items, reference), picks(items, losses[name].double()))
-            ]
-            print(f"| {str(dtype)[6:]} | {name} | {len(items) / median:.2f} | {plain / median:.2f}x | {same[0]}, {same[1]} of {len(items)} "
-                  f"| {(losses[name].double() - reference).abs().max():.1e} |", flush=True)  # fmt: skip
+            pairs = zip(picks(items, reference), picks(items, losses[name]))
+            acc, acc_norm = (int((a == b).sum()) for a, b in pairs)
+            difference = (losses[name] - reference).abs().max()
+            print(
+                f"| {str(dtype)[6:]} | {name} | {len(items) / median:.2f} | {plain / median:.2f}x "
+                f"| {acc}, {acc_norm} of {len(items)} | {difference:.1e} |",
+                flush=True,
+            )
     if device.type == "cuda":
-        torch._dynamo.reset()
         items = load_items(path)
         with torch.autocast(device.type, torch.bfloat16):
-            first, rest = timed(lambda: score(model, items, device, compile=True))[0], []
-            for _ in range(args.repeats):
-                rest.append(timed(lambda: score(model, items, device, compile=True))[0])
-        print(
-            f"\nAll {len(items):,} items, bfloat16, compiled: {statistics.median(rest):.2f} s; {first:.0f} s the first time."
-        )
+            seconds = [timed(forms["hellaswag.py"])[0] for _ in range(args.repeats + 1)]
+        median = statistics.median(seconds[1:])
+        print(f"\nAll {len(items):,} items, bfloat16: {median:.2f} s.")
 
 
 if __name__ == "__main__":

@@ -1,165 +1,229 @@
+"""How fast the parts of a run are that are not the training step: the loader and its order of the
+windows, sampling, validation and HellaSwag, checkpoints.
+
+    python tests/bench_parts.py        # GPT-2 (124M) with random weights; minutes on two CPU cores
+    python tests/bench_parts.py --parts loader permutation checkpoint
+
+Prints a Markdown table; asserts nothing. On CUDA the model is compiled where train_gpt2.py does it:
+in training and validation.
 """
-How fast the parts of a run are that are not the training step: the loader, sampling, validation and HellaSwag.
 
-    python tests/bench_parts.py                     # GPT-2 (124M) with random weights; about seven minutes on two CPU cores
-
-Prints a line for each figure; asserts nothing. On a CPU the model runs in eager mode, on CUDA compiled.
-"""
-
-import platform
+import io
 import statistics
 import sys
 import tempfile
 import time
-from datetime import date
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import hellaswag  # noqa: E402
-from bench_hellaswag import FILES  # noqa: E402
+from bench_hellaswag import FILES, heading, timed  # noqa: E402
 from fineweb import VOCAB_SIZE  # noqa: E402
 from train_gpt2 import (  # noqa: E402
-    GPT, DataLoaderLite, GPTConfig, evaluate, keep_freed_memory, pick_device, pick_dtype, synchronize, training_step,
-)  # fmt: skip
+    GPT,
+    Config,
+    DataLoaderLite,
+    GPTConfig,
+    Saver,
+    evaluate,
+    keep_freed_memory,
+    make_scaler,
+    pick_device,
+    pick_dtype,
+    training_step,
+)
+
+Part = Literal["loader", "permutation", "sampling", "evaluation", "checkpoint"]
+
+
+@dataclass
+class Options:
+    parts: tuple[Part, ...] = get_args(Part)
+    new_tokens: int = 256  # sampling: per row
+    items: int = 10042 if torch.cuda.is_available() else 192  # evaluation: of HellaSwag
+
+
+@dataclass
+class Setup:
+    """What the parts share."""
+
+    device: torch.device
+    dtype: str
+    autocast: torch.autocast
+    folder: Path  # for temporary files
+
+    def model(self):
+        torch.manual_seed(0)
+        return GPT(GPTConfig(vocab_size=50304)).to(self.device)
+
+    def shards(self, name, split, count, tokens):
+        """A new folder, as text, with `count` shards of random ids."""
+        folder = self.folder / name
+        folder.mkdir()
+        for i in range(count):
+            ids = np.random.default_rng(i).integers(0, VOCAB_SIZE, tokens, dtype=np.uint16)
+            np.save(folder / f"made_{split}_{i:06d}.npy", ids)
+        return str(folder)
+
+
+def row(part, what, figure):
+    print(f"| {part} | {what} | {figure} |", flush=True)
+
+
+def spread(seconds):
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f}–{max(seconds):.2f})"
 
 
 def private_memory():
     """MB of this process that are not memory-mapped files, on Linux."""
     status = Path("/proc/self/status")
-    return (
-        int(status.read_text().split("RssAnon:")[1].split()[0]) / 1024
-        if status.exists()
-        else float("nan")
-    )
+    if not status.exists():
+        return float("nan")
+    return int(status.read_text().split("RssAnon:")[1].split()[0]) / 1024
 
 
-def bench_loader(folder):
-    """A global batch of the recipe, 2**19 tokens in shuffled windows, from memory-mapped shards of two sizes."""
+def bench_loader(setup, options):
+    """A global batch of the recipe, 2**19 tokens in shuffled windows, from memory-mapped shards of
+    two sizes."""
     for tokens in (10_000_000, 100_000_000):
-        data = Path(folder) / str(tokens)
-        data.mkdir()
-        for i in range(2):
-            np.save(
-                data / f"made_train_{i:06d}.npy",
-                np.random.default_rng(i).integers(0, VOCAB_SIZE, tokens, dtype=np.uint16),
-            )
-        loader = DataLoaderLite(data, "train", 64, 1024, 2**19, shuffle=True)
-        before, times = private_memory(), []
-        for step in range(30):
+        config = Config(data_dir=setup.shards(f"train{tokens}", "train", 2, tokens))
+        loader = DataLoaderLite(config, "train", 64)
+        before = private_memory()
+        seconds = [timed(lambda: loader.read_step(step))[0] for step in range(30)]
+        grown = private_memory() - before
+        what = f"{config.total_batch_size:,} tokens from shards of {tokens:,}"
+        ms = 1e3 * statistics.median(seconds)
+        row("loader", what, f"{ms:.2f} ms; {grown:+.0f} MB after 30 batches")
+
+
+def bench_permutation(setup, options):
+    """The order of an epoch's windows, as DataLoaderLite.permutation makes it."""
+    for name, windows in (("sample-10BT", 9_850_000_000 // 1024), ("100B tokens", 97_600_000)):
+        seconds = []
+        for epoch in range(3):
+            random = np.random.RandomState([Config.seed, epoch])
+            elapsed, order = timed(lambda: random.permutation(windows))
+            seconds.append(elapsed)
+        figure = f"{spread(seconds)}, {order.nbytes / 1e6:,.0f} MB"
+        row("permutation", f"{windows:,} windows: {name}", figure)
+
+
+def bench_sampling(setup, options, rows=4):
+    model, synchronize = setup.model(), torch.get_device_module(setup.device).synchronize
+    prompt = torch.arange(100, 108, device=setup.device).repeat(rows, 1)  # (rows, 8)
+    seconds = {}
+    with setup.autocast:
+        for use_cache in (True, False):
+            model.generate(prompt, 8, use_cache=use_cache)
+            synchronize()
             start = time.perf_counter()
-            loader.read_step(step)
-            times.append(time.perf_counter() - start)
-        print(f"loader: {1e3 * statistics.median(times):.2f} ms for 524,288 tokens from shards of {tokens:,}; "
-              f"{private_memory() - before:+.0f} MB after 30 batches", flush=True)  # fmt: skip
+            model.generate(prompt, options.new_tokens, use_cache=use_cache)
+            synchronize()
+            seconds[use_cache] = time.perf_counter() - start
+    what = f"{rows} rows of {options.new_tokens} new tokens"
+    factor = seconds[False] / seconds[True]
+    row("sampling", f"{what}, the whole prefix computed for each token", f"{seconds[False]:.1f} s")
+    row("sampling", f"{what}, keys and values kept", f"{seconds[True]:.1f} s: {factor:.1f}×")
 
 
-def bench_sampling(model, device, autocast, rows=4, new=256):
-    prompts = [list(range(100, 108))] * rows
-
-    @torch.no_grad()
-    def recomputing():  # the lecture's loop: the whole prefix, and logits of all positions, for every token
-        ids, generator = (
-            torch.tensor(prompts, device=device),
-            torch.Generator(device).manual_seed(42),
-        )
-        for _ in range(new):
-            top, top_ids = model(ids)[0][:, -1].float().topk(50)
-            choice = torch.multinomial(top.softmax(-1), 1, generator=generator)
-            ids = torch.cat([ids, top_ids.gather(1, choice)], 1)
-        return ids
-
-    with autocast:
-        times = {}
-        for name, work in (
-            ("cache", lambda: model.generate(prompts, new)),
-            ("recomputing", recomputing),
-        ):
-            model.generate(prompts, 8)
-            synchronize(device)
-            start = time.perf_counter()
-            work()
-            synchronize(device)
-            times[name] = time.perf_counter() - start
-    print(f"sampling: {rows} rows of {new} new tokens in {times['cache']:.1f} s with the key-value cache, {times['recomputing']:.1f} s "
-          f"recomputing the prefix: {times['recomputing'] / times['cache']:.1f} times as fast", flush=True)  # fmt: skip
-
-
-def bench_evaluation(raw, device, autocast, B, T, items, folder):
-    """Seconds a token of training and of validation, and items of HellaSwag a second, in turns."""
+def bench_evaluation(setup, options):
+    """Seconds per token of training and of validation, and per item of HellaSwag, in turns."""
+    path = next((path for path in FILES if path.exists()), None)
+    if path is None:
+        return row("evaluation", "left out: there is no hellaswag_val.jsonl", "")
+    device, autocast, raw = setup.device, setup.autocast, setup.model()
+    items = hellaswag.load_items(path, options.items)
+    B, T, accum = 64 if device.type == "cuda" else 4, 1024, 2
     model = torch.compile(raw, dynamic=False) if device.type == "cuda" else raw
     optimizer = raw.configure_optimizers(0.1, 6e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    data = Path(folder) / "val"
-    data.mkdir()
-    np.save(
-        data / "made_val_000000.npy",
-        np.random.default_rng(0).integers(0, VOCAB_SIZE, 4 * B * T + 1, dtype=np.uint16),
-    )
-    loader = DataLoaderLite(data, "val", B, T)
-    tokens, accum = torch.randint(VOCAB_SIZE, (B, T + 1), device=device), 2
+    scaler = make_scaler(setup.dtype, device)
+    val_tokens = 4 * B * T
+    config = Config(data_dir=setup.shards("val", "val", 1, val_tokens + 1), seq_len=T)
+    loader = DataLoaderLite(config, "val", B, device=device)
+    tokens = torch.randint(VOCAB_SIZE, (B, T + 1), device=device)
+    batches = [(tokens[:, :-1], tokens[:, 1:])] * accum
 
     def train():
-        training_step(
-            model,
-            [(tokens[:, :-1], tokens[:, 1:])] * accum,
-            accum,
-            optimizer,
-            scaler,
-            autocast,
-            1.0,
-        )[0].item()
+        training_step(model, batches, optimizer, scaler, autocast, 1.0)[0].item()
 
     def validate():
-        with autocast:
-            evaluate(model, loader, 4 * B * T, device)
+        evaluate(model, loader, val_tokens, autocast)
 
     def score():
         with autocast:
-            hellaswag.score(raw, items, device, compile=device.type == "cuda")
+            hellaswag.score(raw, items, device)
 
     seconds = {train: [], validate: [], score: []}
     for repeat in range(4):
         for work, times in seconds.items():
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-    step, val, hella = (statistics.median(times[1:]) for times in seconds.values())
-    share = (10485760 * val / (4 * B * T) + 10042 * hella / len(items)) / (
-        250 * 2**19 * step / (accum * B * T)
-    )
-    print(f"evaluation: {accum * B * T / step:,.0f} tokens/s trained, {4 * B * T / val:,.0f} validated, {len(items) / hella:.2f} items/s of HellaSwag: "
-          f"10,485,760 tokens and 10,042 items take {share:.1%} of the time of 250 steps", flush=True)  # fmt: skip
+            times.append(timed(work)[0])
+    train_s, val_s, item_s = (statistics.median(times[1:]) for times in seconds.values())
+    train_s, val_s, item_s = train_s / (accum * B * T), val_s / val_tokens, item_s / len(items)
+    row("evaluation", "training", f"{1 / train_s:,.0f} tokens/s")
+    row("evaluation", "validation", f"{1 / val_s:,.0f} tokens/s")
+    row("evaluation", "HellaSwag", f"{1 / item_s:.2f} items/s")
+    evaluation = config.val_tokens * val_s + hellaswag.N_ITEMS * item_s
+    share = evaluation / (config.val_every * config.total_batch_size * train_s)
+    what = f"{config.val_tokens:,} tokens and {hellaswag.N_ITEMS:,} items"
+    row("evaluation", f"{what}, against {config.val_every} steps", f"{share:.1%} of their time")
+
+
+def bench_checkpoint(setup, options):
+    """Saver, after a step that gives AdamW its moments. The first call is not counted."""
+    model = setup.model()
+    data, out = setup.shards("train", "train", 1, 10_000), setup.folder / "log"
+    config = Config(data_dir=data, out_dir=str(out), total_batch_size=1024, keep_checkpoints=1)
+    loader = DataLoaderLite(config, "train", 1, device=setup.device)
+    optimizer = model.configure_optimizers(0.1, 6e-4)
+    scaler = make_scaler(setup.dtype, setup.device)
+    training_step(model, loader.batches(0), optimizer, scaler, setup.autocast, 1.0)
+    save = Saver(config, model, optimizer, scaler, setup.autocast, loader, 0)
+    seconds = {"all": [], "training_state.pt": [], "the other files": []}
+
+    def noted(name, work):
+        def wrapper(*args):
+            seconds[name].append(timed(lambda: work(*args))[0])
+
+        return wrapper
+
+    others = noted("the other files", model.save_pretrained)
+    weights = patch.object(model, "save_pretrained", others)
+    state = patch.object(torch, "save", noted("training_state.pt", torch.save))
+    with weights, state, redirect_stdout(io.StringIO()):
+        for step in range(1, 5):
+            noted("all", save)(step, step)
+    seconds = {name: times[1:] for name, times in seconds.items()}
+    sizes = {path.name: path.stat().st_size for path in (out / "step_00004").iterdir()}
+    figure = f"{spread(seconds['all'])}, {sum(sizes.values()) / 1e6:,.1f} MB"
+    row("checkpoint", "a call of Saver: a forward pass, the files, fsync", figure)
+    for name in ("training_state.pt", "the other files"):
+        row("checkpoint", f"of that, {name} before fsync", spread(seconds[name]))
+    for name, size in sorted(sizes.items(), key=lambda pair: -pair[1]):
+        row("checkpoint", name, f"{size / 1e6:,.3f} MB")
 
 
 def main():
+    options = tyro.cli(Options, description=__doc__)
     device = pick_device()
     if device.type == "cpu":
         keep_freed_memory()
     dtype = pick_dtype("auto", device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    print(f"{date.today()}; {device.type}, {torch.get_num_threads()} threads, {dtype}; torch {torch.__version__}, Python "
-          f"{platform.python_version()}\n")  # fmt: skip
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=50304)).to(device)
-    path = next((path for path in FILES if path.exists()), None)
-    B, T = 64 if device.type == "cuda" else 4, 1024
-    with tempfile.TemporaryDirectory() as folder:
-        bench_loader(folder)
-        if path:
-            bench_evaluation(
-                model,
-                device,
-                autocast,
-                B,
-                T,
-                hellaswag.load_items(path, 10042 if device.type == "cuda" else 192),
-                folder,
-            )
-        bench_sampling(model, device, autocast)
+    autocast = torch.autocast(device.type, getattr(torch, dtype), dtype != "float32")
+    print(f"{heading(device)}. GPT-2 (124M), random weights, {dtype}.\n")
+    print("| part | what | figure |")
+    print("|---|---|---|")
+    for part in options.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            globals()[f"bench_{part}"](Setup(device, dtype, autocast, Path(folder)), options)
 
 
 if __name__ == "__main__":

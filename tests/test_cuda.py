@@ -1,152 +1,162 @@
-"""What only a GPU can show. These run on any machine with CUDA, and have not been run on one yet."""
+"""What only a GPU can show. These run on any machine with CUDA, and have not been run on one yet.
+DEVICE=cpu runs those that need no CUDA function on a CPU, to find slips of the pen."""
 
 import math
+import os
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import QUIET, log_of, run
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from conftest import QUIET, log_of, run, write_shards
 
-from train_gpt2 import GPT, Config, GPTConfig, free_memory, pick_device, pick_micro_batch_size
+import hellaswag
+from train_gpt2 import GPT, CachedDecoder, Config, GPTConfig, attention, pick_micro_batch_size
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICE = os.environ.get("DEVICE", "cuda")
+CUDA = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not CUDA, reason="needs a CUDA GPU")
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 
-SMALL = "--n_layer 4 --n_head 4 --n_embd 256 --seq_len 128 --block_size 128 --total_batch_size 2048 --micro_batch_size 8".split()
-STEPS = "--max_steps 20 --warmup_steps 4 --max_lr 2e-3 --min_lr 2e-4 --val_every 10 --val_tokens 1280".split()
+SMALL = "--n_layer 4 --n_head 4 --n_embd 256 --seq_len 128 --block_size 128".split()
+SMALL += "--total_batch_size 2048 --micro_batch_size 8 --max_steps 20 --warmup_steps 4".split()
+SMALL += "--max_lr 2e-3 --min_lr 2e-4 --val_every 10 --val_tokens 2048".split()
 
 
 def train(shards, out, *args):
-    return run(
-        "train_gpt2.py",
-        *SMALL,
-        *QUIET,
-        *STEPS,
-        "--data_dir",
-        shards,
-        "--out_dir",
-        out,
-        "--device",
-        "cuda",
-        *args,
-    )
+    folders = ["--data_dir", shards, "--out_dir", out]
+    return run("train_gpt2.py", *SMALL, *QUIET, *folders, *args)
 
 
-@pytest.fixture
-def reference(shards, tmp_path):
-    train(
-        shards,
-        tmp_path / "float32",
-        "--dtype",
-        "float32",
-        "--matmul_precision",
-        "highest",
-        "--no-compile",
-    )
-    return log_of(tmp_path / "float32")
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """(shards, log) of the run in float32 on the CPU: the same weights, the same batches."""
+    folder = tmp_path_factory.mktemp("reference")
+    shards = write_shards(folder / "shards")
+    train(shards, folder / "out", "--device", "cpu", "--dtype", "float32")
+    return shards, log_of(folder / "out")
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    shape = dict(block_size=256, vocab_size=50304, n_layer=3, n_head=2, n_embd=128)
+    return GPT(GPTConfig(**shape | changes)).to(DEVICE)
 
 
 @pytest.mark.parametrize(
-    "args, tolerance",
+    "dtype, compiled, tolerance",
     [
-        (["--dtype", "float32", "--matmul_precision", "high", "--no-compile"], 0.02),  # TF32
-        (["--dtype", "bfloat16", "--no-compile"], 0.1),
-        (["--dtype", "bfloat16", "--compile"], 0.1),
-        (["--dtype", "float32", "--matmul_precision", "highest", "--compile"], 1e-3),
+        ("float32", False, 0.02),  # TF32
+        ("float32", True, 0.02),
+        ("bfloat16", False, 0.1),
+        ("bfloat16", True, 0.1),
     ],
 )
-def test_every_precision_follows_float32(reference, shards, tmp_path, args, tolerance):
-    done = train(shards, tmp_path / "out", *args)
+@needs_cuda
+def test_every_precision_follows_float32(reference, tmp_path, dtype, compiled, tolerance):
+    shards, log = reference
+    flag = "--compile" if compiled else "--no-compile"
+    done = train(shards, tmp_path / "out", "--device", "cuda", "--dtype", dtype, flag)
     for stream in ("train", "val"):
-        assert log_of(tmp_path / "out")[stream] == pytest.approx(reference[stream], abs=tolerance)
+        assert log_of(tmp_path / "out")[stream] == pytest.approx(log[stream], abs=tolerance)
     assert "peak memory" in done.stdout
 
 
-def test_float16_scales_skips_and_goes_on(shards, tmp_path):
-    train(shards, tmp_path / "out", "--dtype", "float16", "--no-compile")
+@needs_cuda
+def test_float16_scales_leaves_out_and_goes_on(reference, tmp_path):
+    train(reference[0], tmp_path / "out", "--device", "cuda", "--dtype", "float16", "--no-compile")
     losses = list(log_of(tmp_path / "out")["train"].values())
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 1
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),
-    reason="needs compute capability 8.0",
-)
-def test_flash_attention_equals_plain_attention():
-    q, k, v = (torch.randn(2, 4, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        flash = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    with sdpa_kernel(SDPBackend.MATH):
-        plain = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
-    torch.testing.assert_close(flash.float(), plain, rtol=0.02, atol=0.02)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
+def test_compiled_gradients_equal_eager_ones(dtype, tolerance):
+    """Of each parameter: Inductor's LayerNorm has been wrong in silence (pytorch issue 193061)."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, grads = torch.randint(50257, (8, 257), generator=generator).to(DEVICE), []
+    for compiled in (False, True):
+        model = small()
+        call = torch.compile(model, dynamic=False) if compiled else model
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            call(tokens[:, :-1], tokens[:, 1:]).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert (grads[1][name] - grad).norm() <= tolerance * grad.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("T", [1024, 1000, 72])
+def test_the_attention_that_training_uses_equals_plain_attention(T):
+    """Whatever kernel PyTorch picks here: flash attention, cuDNN's, or another."""
+    q, k, v = (torch.randn(2, T, 3, 64, device=DEVICE) for _ in range(3))
+    q, k, v = (t.bfloat16().transpose(1, 2).requires_grad_() for t in (q, k, v))
+    y = attention(q, k, v)
+    w = torch.randn_like(y)
+    found = y, *torch.autograd.grad((y * w).sum(), (q, k, v))
+    q, k, v = (t.detach().float().requires_grad_() for t in (q, k, v))
+    ahead = torch.ones(T, T, device=DEVICE).triu(1).bool()
+    y = (q @ k.transpose(2, 3) / 8).masked_fill(ahead, -torch.inf).softmax(-1) @ v
+    expected = y, *torch.autograd.grad((y * w.float()).sum(), (q, k, v))
+    for a, b in zip(found, expected):
+        assert torch.isfinite(a).all() and (a.float() - b).norm() < 0.02 * b.norm()
+
+
+@torch.no_grad()
+def test_cached_logits_equal_recomputed_ones_in_bfloat16():
+    model, ids = small(), torch.randint(50257, (3, 18)).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        decode = CachedDecoder(model)
+        for T in range(5, 19):
+            found, expected = decode(ids[:, :T]).float(), model(ids[:, :T])[:, -1].float()
+            assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_hellaswag_losses_do_not_depend_on_precision_or_batch():
+    rng, items = np.random.default_rng(0), []
+
+    def ids(least, most):
+        return rng.integers(0, 50257, size=rng.integers(least, most)).tolist()
+
+    for i in range(64):
+        items.append(hellaswag.Item(i, 0, ids(5, 60), [ids(2, 30) for _ in range(4)], [1] * 4))
+    model, found = small(), []
+    for dtype, budget in ((torch.float32, 512), (torch.bfloat16, 512), (torch.bfloat16, 4096)):
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            found.append(hellaswag.score(model, items, DEVICE, token_budget=budget))
+    for losses in found[1:]:
+        torch.testing.assert_close(losses, found[0], rtol=0.02, atol=0.05)
 
 
 def test_fused_adamw_equals_the_plain_loop():
-    torch.manual_seed(0)
-    weights = []
+    weights, ids = [], torch.randint(512, (4, 33), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(DEVICE)
     for fused in (True, False):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=64)).to(
-            pick_device("cuda")
-        )
+        model = small(vocab_size=512, n_layer=2)
         optimizer = model.configure_optimizers(0.1, 1e-3)
         if not fused:
-            groups = [
-                {"params": g["params"], "weight_decay": g["weight_decay"]}
-                for g in optimizer.param_groups
-            ]
-            optimizer = torch.optim.AdamW(
-                groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False
-            )
-        ids = torch.randint(
-            512, (4, 33), device="cuda", generator=torch.Generator("cuda").manual_seed(1)
-        )
+            keys = ("params", "weight_decay")
+            groups = [{key: group[key] for key in keys} for group in optimizer.param_groups]
+            plain = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+            optimizer = torch.optim.AdamW(groups, **plain)
         for _ in range(3):
             optimizer.zero_grad()
-            model(ids[:, :-1], ids[:, 1:])[1].backward()
+            model(ids[:, :-1], ids[:, 1:]).backward()
             optimizer.step()
         weights.append([p.detach().clone() for p in model.parameters()])
     for a, b in zip(*weights):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
-def test_compiled_sampling_equals_eager():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=64)).to(
-        "cuda"
-    )
-    compiled = torch.compile(model.next_logits, dynamic=False)
-    prompts = [[1, 2, 3], [4]]
-    plain = model.generate(prompts, 20, temperature=0)
-    assert (
-        plain
-        == model.generate(prompts, 20, temperature=0, next_logits=compiled)
-        == model.generate(prompts, 20, temperature=0, use_cache=False)
-    )
-
-
-def test_auto_takes_the_largest_micro_batch_that_fits():
-    device = torch.device("cuda", 0)
-    config = Config(seq_len=256, total_batch_size=256 * 4096, compile=False)
-    model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=2, n_head=2, n_embd=128)).to(
-        device
-    )
-    optimizer = model.configure_optimizers(0.1, 1e-3)
-    autocast = torch.autocast("cuda", torch.bfloat16)
-    total = torch.cuda.get_device_properties(device).total_memory
+@needs_cuda
+def test_the_micro_batch_that_auto_takes_fits_and_is_not_far_too_small():
+    config = Config(seq_len=256, total_batch_size=256 * 4096)
+    model, autocast = small(n_layer=2), torch.autocast("cuda", torch.bfloat16)
+    total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(4e9 / total)
     try:
-        B = pick_micro_batch_size(model, model, optimizer, config, 1, autocast, device)
-        assert B & (B - 1) == 0 and 1 <= B < 4096
-        for size, fits in ((B, True), (2 * B, False)):
-            idx = torch.zeros(size, 256, dtype=torch.int64, device=device)
-            try:
-                with autocast:
-                    loss = model(idx, idx, return_logits=False)[1]
-                loss.backward()
-                assert fits
-            except torch.OutOfMemoryError:
-                assert not fits
-            free_memory(optimizer)
+        B = pick_micro_batch_size(config, model, 1, autocast)
+        assert B & (B - 1) == 0 and 1 <= B <= 256
+        idx = torch.zeros(B, 256, dtype=torch.int64, device="cuda")
+        with autocast:
+            loss = model(idx, idx)
+        loss.backward()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,10 +1,12 @@
-"""HellaSwag: losses against hand-worked and float64 references, every shape of batch, every bad input, the command line."""
+"""hellaswag.py: losses against hand-worked and float64 references, every shape of batch, every bad
+input, the command line."""
 
 import http.server
 import json
 import math
 import re
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,27 +24,23 @@ from train_gpt2 import GPT, GPTConfig
 
 REAL = SHARED / "hellaswag/hellaswag_val.jsonl"
 N = 201  # items; odd, so that two processes cannot share them evenly
-V = 5003  # token ids are folded to this many for speed, where the tokenizer is not what is tested; more than VOCAB_SLICE
+V = 5003  # ids are folded to so many, for speed, where the tokenizer is not tested; > VOCAB_SLICE
 
 
 def made_records(n, seed=0):
     """Records like HellaSwag's, of made words, of very different lengths."""
     rng = np.random.default_rng(seed)
-    words = "a cat the dog under runs then quickly Paris jumps, and over 7 boxes of café noodles it is".split()
+    words = "a cat the dog under runs then quickly Paris jumps, and over 7 boxes of café noodles it"
+    words = [*words.split(), "is"]
 
     def text(longest):
         return " ".join(rng.choice(words, rng.integers(1, longest)))
 
-    return [
-        dict(
-            ind=3 * i,
-            activity_label=text(4),
-            ctx=text(60),
-            endings=[text(30) + "." for _ in range(4)],
-            label=int(rng.integers(4)),
-        )
-        for i in range(n)
-    ]
+    def record(i):
+        endings, label = [text(30) + "." for _ in range(4)], int(rng.integers(4))
+        return dict(ind=3 * i, activity_label=text(4), ctx=text(60), endings=endings, label=label)
+
+    return [record(i) for i in range(n)]
 
 
 def write(path, records):
@@ -51,13 +49,11 @@ def write(path, records):
 
 
 def sharp(block_size=1024, vocab_size=V, n_layer=2):
-    """A random model whose losses depend strongly on every token seen and on its position: a wrong mask cannot hide."""
+    """A random model whose losses depend strongly on every token seen and on its position: a wrong
+    mask cannot hide."""
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(
-            block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=2, n_embd=32
-        )
-    )
+    shape = dict(n_layer=n_layer, n_head=2, n_embd=32)
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, **shape))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.15 * torch.randn_like(p))
@@ -66,7 +62,7 @@ def sharp(block_size=1024, vocab_size=V, n_layer=2):
 
 @torch.no_grad()
 def reference(model, items, context=10**9):
-    """The definition, in float64: every ending by itself behind its context's last tokens, one after the other."""
+    """The definition, in float64: every ending by itself behind its context's last tokens."""
     model, table = model.double(), []
     for item in items:
         for ending in item.endings:
@@ -93,10 +89,10 @@ def items(data):
     def fold(ids):
         return [token % V for token in ids]
 
-    return [
-        Item(i.index, i.label, fold(i.context), [fold(e) for e in i.endings], i.lengths)
-        for i in load_items(data)
-    ]
+    def folded(item):
+        return replace(item, context=fold(item.context), endings=[*map(fold, item.endings)])
+
+    return [folded(item) for item in load_items(data)]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +114,8 @@ def agree(items, losses, expected):
 
 
 class Bigram:
-    """A model that one can work out by hand: the next token depends on the last one only. probs: (V, V), a row a token."""
+    """A model that one can work out by hand: the next token depends on the last one only. probs:
+    (V, V), one row per token."""
 
     def __init__(self, probs):
         self.config, self.training = SimpleNamespace(block_size=16), True
@@ -133,40 +130,36 @@ class Bigram:
 
 
 def test_hand_worked_table():
-    model = Bigram(
-        [[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8], [1 / 4, 1 / 4, 1 / 2]]
-    )  # after 0, 1, 2
+    model = Bigram([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8], [1 / 4, 1 / 4, 1 / 2]])
     items = [
-        # from 0:             1/2   1/4 · 3/4 = 3/16   1/4 · 1/2 · 1/2 = 1/16   1/4 · 3/4 · 3/4 · 3/4 = 27/256
         Item(0, 3, [2, 0], [[0], [1, 1], [2, 2, 2], [1, 1, 1, 1]], [1, 2, 3, 4]),
-        # from 1:        1/8 · 1/4 = 1/32   1/8 · 1/2 = 1/16   the same, so not picked   1/8 · 1/4 = 1/32
         Item(1, 1, [0, 2, 1], [[2, 0], [0, 0], [2, 2], [0, 1]], [2, 2, 2, 2]),
     ]
-    by_hand = [[1 / 2, 3 / 16, 1 / 16, 27 / 256], [1 / 32, 1 / 16, 1 / 16, 1 / 32]]
+    by_hand = [
+        # From 0. Ending 0 is likeliest, but its token costs ln 2 = 0.69, and those of ending 3
+        # ln(256/27) / 4 = 0.56.
+        [1 / 2, 1 / 4 * 3 / 4, 1 / 4 * 1 / 2 * 1 / 2, 1 / 4 * 3 / 4 * 3 / 4 * 3 / 4],
+        # From 1. Endings 1 and 2 are equally likely, so the first of them is picked.
+        [1 / 8 * 1 / 4, 1 / 8 * 1 / 2, 1 / 8 * 1 / 2, 1 / 8 * 1 / 4],
+    ]
     result = evaluate(model, items, "cpu")
-    torch.testing.assert_close(
-        result.losses, -torch.tensor(by_hand, dtype=torch.float64).log(), rtol=1e-6, atol=0
-    )
-    # Item 0: ending 0 is likeliest, but its token costs ln 2 = 0.69, those of ending 3 ln(256/27)/4 = 0.56. Item 1: a tie.
+    expected = -torch.tensor(by_hand, dtype=torch.float64).log()
+    torch.testing.assert_close(result.losses, expected, rtol=1e-6, atol=0)
     assert [p.tolist() for p in picks(items, result.losses)] == [[0, 1], [3, 1]]
     assert (result.acc, result.acc_norm, result.n, result.truncated) == (0.5, 1.0, 2, 0)
     assert str(result) == "2 acc: 0.5000 acc_norm: 1.0000 ± 0.0000" and model.training
 
 
 def test_standard_error_and_last_line():
-    assert (
-        str(hellaswag.Result(0.2859, 0.2955, 10042, 0, torch.zeros(0, 4)))
-        == "10042 acc: 0.2859 acc_norm: 0.2955 ± 0.0046"
-    )
+    result = hellaswag.Result(0.2859, 0.2955, 10042, 0, torch.zeros(0, 4))
+    assert str(result) == "10042 acc: 0.2859 acc_norm: 0.2955 ± 0.0046"
 
 
 def test_reference_depends_on_context_and_order(model, items, expected):
-    """Else the tests below would prove nothing: drop or swap something, and the losses change by far more than 1e-3."""
-    for change in (lambda ids: ids[1:], lambda ids: ids[::-1]):
-        changed = [
-            Item(i.index, i.label, change(i.context) or [0], i.endings, i.lengths)
-            for i in items[:5]
-        ]
+    """Else the tests below would prove nothing: drop or swap something, and the losses change by
+    far more than 1e-3."""
+    for change in (lambda ids: ids[1:] or [0], lambda ids: ids[::-1]):
+        changed = [replace(item, context=change(item.context)) for item in items[:5]]
         assert (reference(model, changed) - expected[:5]).abs().max() > 0.5
 
 
@@ -190,26 +183,18 @@ def test_batches_hold_every_row_once():
         rows = [row for i, item in enumerate(items) for row in pack(i, item, 1024)]
         for budget in (1, 2048, 32768):
             plan = list(batches(rows, 1024, budget))
-            assert sorted(row.slots[0] for part, _ in plan for row in part) == [
-                4 * i for i in range(n)
-            ]
+            first = sorted(row.slots[0] for part, _ in plan for row in part)
+            assert first == [4 * i for i in range(n)]
             for part, T in plan:
                 assert max(len(row.grid[0]) for row in part) <= T
                 assert len(part) == 1 or len(part) * T <= budget
 
 
 def test_hugging_face_and_ours_score_the_same(items, tmp_path):
-    shape = dict(
-        vocab_size=V,
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        resid_pdrop=0.1,
-        embd_pdrop=0.1,
-        attn_pdrop=0.1,
-    )  # must be off
+    shape = dict(vocab_size=V, n_layer=2, n_head=2, n_embd=32)
+    dropout = dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)  # must be off
     torch.manual_seed(1)
-    theirs = GPT2LMHeadModel(GPT2Config(**shape)).train()
+    theirs = GPT2LMHeadModel(GPT2Config(**shape, **dropout)).train()
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(0.15 * torch.randn_like(p))
@@ -232,10 +217,8 @@ def test_padding_rows_of_the_vocabulary_count_as_the_model_has_them(items):
 def test_autocast_stays_close(model, items, expected):
     with torch.autocast("cpu", torch.bfloat16):
         losses = score(model, items, "cpu")
-    assert (
-        0 < (losses - expected).abs().max() < 0.05 * expected.max()
-        and losses.dtype == torch.float64
-    )
+    assert 0 < (losses - expected).abs().max() < 0.05 * expected.max()
+    assert losses.dtype == torch.float64
 
 
 @pytest.mark.parametrize("block_size", [16, 60, 150])
@@ -243,24 +226,20 @@ def test_small_context_splits_rows_and_cuts_contexts_on_the_left(block_size, ite
     model = sharp(block_size)
     items = [item for item in items if max(map(len, item.endings)) <= block_size][:30]
     result = evaluate(model, items, "cpu")
-    assert all(
-        len(row.grid[0]) <= block_size and max(row.grid[1]) < block_size
-        for i, x in enumerate(items)
-        for row in pack(i, x, block_size)
-    )
+    for row in (row for item in items for row in pack(0, item, block_size)):
+        assert len(row.grid[0]) <= block_size and max(row.grid[1]) < block_size
+    truncated = 0
     for item, losses in zip(items, result.losses):
-        room = block_size - max(
-            len(ending) - 1 for ending in item.endings
-        )  # the last token of an ending is not read
+        # The last token of an ending is not read.
+        room = block_size - (max(map(len, item.endings)) - 1)
         agree([item], losses[None], reference(model, [item], room))
-    assert result.truncated == sum(
-        len(x.context) + max(map(len, x.endings)) - 1 > block_size for x in items
-    )
+        truncated += len(item.context) > room
+    assert result.truncated == truncated
     assert (result.truncated > 0) == (block_size < 150)
 
 
 def test_ending_longer_than_the_context():
-    with pytest.raises(UserError, match=r"item 7 .* 9 tokens.* 8"):
+    with pytest.raises(UserError, match=r"^item 7 .* 9 tokens.* 8; leave it out$"):
         score(sharp(8), [Item(7, 0, [1], [[1] * 9, [1], [1], [1]], [1] * 4)], "cpu")
 
 
@@ -297,42 +276,33 @@ def test_no_items_is_an_empty_table(model):
 GOOD = dict(ind=5, activity_label="A", ctx="The cat", endings=["a", "b", "c", "d"], label=2)
 
 
-@pytest.mark.parametrize(
-    "line, complaint",
-    [
-        ("{", "line 2 is not JSON"),
-        (b"\xff\xfe", "line 2 is not JSON"),
-        ("[1]", "line 2 is not a JSON object"),
-        *[
-            (json.dumps({k: v for k, v in GOOD.items() if k != key}), f"line 2: {key} is missing")
-            for key in ("ctx", "endings", "label")
-        ],
-        *[
-            (json.dumps(GOOD | dict(label=label)), "line 2: label")
-            for label in (-1, 4, 1.0, "2", True, None)
-        ],
-        *[
-            (json.dumps(GOOD | dict(endings=endings)), "line 2: endings is missing or")
-            for endings in (["a"] * 3, ["a"] * 5, "abcd", None)
-        ],
-        *[
-            (json.dumps(GOOD | dict(endings=["a", "b", "c", d])), "line 2: an ending")
-            for d in ("", " \n", None, 4)
-        ],
-        *[(json.dumps(GOOD | dict(ctx=ctx)), "line 2: ctx") for ctx in ("", "  ", 3)],
-    ],
-)
+def bad_lines():
+    yield "{", "is not JSON"
+    yield b"\xff\xfe", "is not JSON"
+    yield "[1]", "is not a JSON object"
+    for key in ("ctx", "endings", "label"):
+        yield {k: v for k, v in GOOD.items() if k != key}, f": {key} is missing"
+    for label in (-1, 4, 1.0, "2", True, None):
+        yield GOOD | dict(label=label), ": label is missing or not one of 0, 1, 2 and 3"
+    for endings in (["a"] * 3, ["a"] * 5, "abcd", None):
+        yield GOOD | dict(endings=endings), ": endings is missing or does not hold four"
+    for ending in ("", " \n", None, 4):
+        yield GOOD | dict(endings=["a", "b", "c", ending]), ": an ending is no text, or empty"
+    for ctx in ("", "  ", 3):
+        yield GOOD | dict(ctx=ctx), ": ctx is missing, or no text, or empty"
+    yield {}, ": ctx .*, endings .*, label "  # all at once
+
+
+@pytest.mark.parametrize("line, complaint", bad_lines())
 def test_bad_line(tmp_path, line, complaint):
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(
-        json.dumps(GOOD).encode()
-        + b"\n"
-        + (line if isinstance(line, bytes) else line.encode())
-        + b"\n"
-    )
-    with pytest.raises(UserError, match=complaint) as caught:
+    line = json.dumps(line) if isinstance(line, dict) else line
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
+    with pytest.raises(UserError) as caught:
         load_items(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    sentence = rf"{re.escape(str(path))}, line 2 ?{complaint}[^\n]*; mend or drop the line"
+    assert re.fullmatch(sentence, str(caught.value))
 
 
 def test_bad_file(tmp_path):
@@ -360,9 +330,8 @@ def test_harness_needs_and_checks_what_it_uses(tmp_path):
 
 def test_completion_style(tmp_path):
     ids = tokenizer().encode_ordinary
-    record = GOOD | dict(
-        ctx="The cat [title] sat ", endings=["on  it.", "<|endoftext|>", "é", "far away"]
-    )
+    endings = ["on  it.", "<|endoftext|>", "é", "far away"]
+    record = GOOD | dict(ctx="The cat [title] sat ", endings=endings)
     (item,) = load_items(write(tmp_path / "one.jsonl", [record]))
     assert (item.index, item.label, item.context) == (5, 2, ids("The cat [title] sat "))
     assert item.endings == [ids(" on  it."), ids(" <|endoftext|>"), ids(" é"), ids(" far away")]
@@ -371,12 +340,13 @@ def test_completion_style(tmp_path):
 
 def test_harness_style(tmp_path):
     ids = tokenizer().encode_ordinary
-    record = dict(
-        ind=1, label=0, activity_label="Baking", ctx="not used", ctx_a="[header] How to bake [title] Mix it.", ctx_b="the DOUGH  rises [step]",
-        endings=[" Stir [substeps] it. ", "[step] Wait", "a  b   c", "café"],
-    )  # fmt: skip
+    record = dict(ind=1, label=0, activity_label="Baking", ctx="not used")
+    record["ctx_a"] = "[header] How to bake [title] Mix it."
+    record["ctx_b"] = "the DOUGH  rises [step]"
+    record["endings"] = [" Stir [substeps] it. ", "[step] Wait", "a  b   c", "café"]
     (item,) = load_items(write(tmp_path / "one.jsonl", [record]), style="harness")
-    # "[header] " and "[step]" go, " [title]" becomes ". ", double spaces become one, and the rest of ctx_b becomes lower case
+    # "[header] " and "[step]" go, " [title]" becomes ". ", double spaces become one, and the rest
+    # of ctx_b becomes lower case.
     assert tokenizer().decode(item.context) == "Baking: How to bake. Mix it. The dough rises"
     # The first of the two spaces was the context's last.
     assert item.endings == [ids("  Stir it."), ids("   Wait"), ids("  a b  c"), ids("  café")]
@@ -385,11 +355,8 @@ def test_harness_style(tmp_path):
     plain = GOOD | dict(ctx="The cat", endings=["sat", "ran", "é", "[x] y"])
     with pytest.warns(UserWarning, match="lacks ctx_a and ctx_b"):
         (item,) = load_items(write(tmp_path / "two.jsonl", [plain]), style="harness")
-    assert (
-        item.context == ids("A: The cat")
-        and item.endings[0] == ids(" sat")
-        and item.lengths == [3, 3, 1, 2]
-    )
+    assert item.context == ids("A: The cat") and item.endings[0] == ids(" sat")
+    assert item.lengths == [3, 3, 1, 2]
 
 
 def test_limit_is_spread_over_the_file(tmp_path):
@@ -408,10 +375,9 @@ def test_real_file_loads_whole_and_fits_any_gpt2():
     items = load_items(REAL)
     assert len(items) == hellaswag.N_ITEMS
     rows = [row for i, item in enumerate(items) for row in pack(i, item, 1024)]
-    assert len(rows) == len(items)  # one row an item, nothing cut
-    assert sum(len(row.targets) for row in rows) == sum(
-        len(ending) for item in items for ending in item.endings
-    )
+    assert len(rows) == len(items)  # one row per item, nothing cut
+    tokens = sum(len(ending) for item in items for ending in item.endings)
+    assert sum(len(row.targets) for row in rows) == tokens
 
 
 # -- download
@@ -419,7 +385,7 @@ def test_real_file_loads_whole_and_fits_any_gpt2():
 
 @pytest.fixture
 def server(monkeypatch):
-    """A local stand-in for the official address; .body and .length say what it answers, .hits counts."""
+    """A local stand-in for the official address: .body and .length are its answer, .hits counts."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -433,11 +399,8 @@ def server(monkeypatch):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.body, server.length, server.hits = (
-        (json.dumps(GOOD) + "\n").encode() * hellaswag.N_ITEMS,
-        None,
-        0,
-    )
+    server.body = (json.dumps(GOOD) + "\n").encode() * hellaswag.N_ITEMS
+    server.length, server.hits = None, 0
     server.url = f"http://127.0.0.1:{server.server_port}/hellaswag_val.jsonl"
     monkeypatch.setattr(hellaswag, "URL", server.url)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -482,11 +445,12 @@ except hellaswag.UserError as error:
     (folder / f"rank{{os.environ['RANK']}}").write_text(f"{{found}} {{error}}")
 dist.destroy_process_group()
 """)
-    server.body = server.body  # the second address answers too, but wrongly:
-    original = server.RequestHandlerClass.do_GET
-    server.RequestHandlerClass.do_GET = lambda self: (
-        self.send_error(404) if self.path.endswith("x") else original(self)
-    )
+    answer = server.RequestHandlerClass.do_GET
+
+    def do_GET(handler):
+        return handler.send_error(404) if handler.path.endswith("x") else answer(handler)
+
+    server.RequestHandlerClass.do_GET = do_GET
     run(script, processes=2, env={"PYTHONPATH": str(hellaswag.Path(hellaswag.__file__).parent)})
     one, two = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
     assert server.hits == 1 and one == two and one.startswith("5 ") and "404" in one
@@ -532,11 +496,9 @@ def test_the_command_line_is_an_independent_witness(one, saved, data):
     named = [(r["index"], r["label"], r["lengths"]) for r in records]
     assert named == [(i.index, i.label, i.lengths) for i in items]
     assert [p.name for p in path.parent.iterdir()] == ["one.json"]
-    acc, stderr = (
-        result.acc_norm,
-        math.sqrt(result.acc_norm * (1 - result.acc_norm) / 41),
-    )
-    assert str(result) == f"41 acc: {result.acc:.4f} acc_norm: {acc:.4f} ± {stderr:.4f}"
+    acc, acc_norm = result.acc, result.acc_norm
+    stderr = math.sqrt(acc_norm * (1 - acc_norm) / 41)
+    assert str(result) == f"41 acc: {acc:.4f} acc_norm: {acc_norm:.4f} ± {stderr:.4f}"
 
 
 def test_two_processes_share_the_items(saved, data, tmp_path):
@@ -607,7 +569,8 @@ def test_mistakes_are_one_sentence(saved, data, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit) as caught:
             hellaswag.main(["--model", str(model), "--data", str(data), "--device", "cpu"])
-        assert sentence in caught.value.code and "\n" not in caught.value.code
+        said = caught.value.code
+        assert said.startswith("hellaswag.py: ") and sentence in said and "\n" not in said
 
 
 def test_truncation_is_reported(tmp_path, data, capsys):

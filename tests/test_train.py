@@ -136,7 +136,7 @@ def test_resume_keeps_the_precision(base, tmp_path, monkeypatch):
     shutil.copytree(base[1], tmp_path / "out")
     monkeypatch.setattr(train_gpt2, "bfloat16_pays", lambda: 1 / 0)  # the race is not run again
     done = run_here("--resume", "--out_dir", tmp_path / "out", "--max_steps", 9)
-    assert "float32" in done.stdout and "dtype" not in done.stdout
+    assert "float32" in done.stdout and "--resume: dtype" not in done.stdout
     flags = ["--dtype", "float16", "--max_steps", 10]
     done = run_here("--resume", "--out_dir", tmp_path / "out", *flags)
     assert "--resume: dtype float32 → float16" in done.stdout

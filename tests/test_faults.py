@@ -1,0 +1,582 @@
+"""What may befall a run that takes a week: FAULT by fault, each test named after its kind. Those that
+start many processes are marked `faults`: `python -m pytest -m "faults or not faults"` runs all."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, STEPS, command, log_of, run, run_here, train, write_shards
+from safetensors.torch import load_file, save_file
+from test_invariants import random_hugging_face
+from test_mistakes import refused
+from transformers import GPT2LMHeadModel
+
+import train_gpt2
+from fineweb import UserError
+from train_gpt2 import GPT, find_checkpoints, make_scaler, newest_checkpoint, training_step
+
+CPU = torch.device("cpu")
+
+# -- T1: nothing non-finite is applied, nothing bad is saved
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_update_with_a_bad_gradient_is_left_out(tiny, dtype, bad):
+    """Weights, moments and AdamW's count of steps stay; the next update is as if nothing had been."""
+    import copy
+
+    t = torch.randint(50257, (2, 17), generator=torch.Generator().manual_seed(0))
+    batches = [(t[:, :-1], t[:, 1:])]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    weights = []
+    for disturbed in (False, True):
+        model = copy.deepcopy(tiny)
+        optimizer, scaler = model.configure_optimizers(0.1, 1e-3), make_scaler(dtype, CPU)
+        training_step(model, batches, optimizer, scaler, autocast, 1.0)
+        if disturbed:
+            state = copy.deepcopy(optimizer.state_dict()["state"])
+            before = [p.detach().clone() for p in model.parameters()]
+            ln_f = model.transformer.ln_f.bias
+            hook = ln_f.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), bad))
+            for clip in (1.0, 0):
+                loss, norm = training_step(model, batches, optimizer, scaler, autocast, clip)
+                assert loss.isfinite() and not norm.isfinite()
+            hook.remove()
+            assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+            for i, moments in optimizer.state_dict()["state"].items():
+                assert all(torch.equal(moments[k], state[i][k]) for k in moments)
+        training_step(model, batches, optimizer, scaler, autocast, 1.0)
+        assert dtype == "float16" or scaler.get_scale() == 1
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_scaler_that_is_always_on_changes_no_bit(tiny, dtype):
+    import copy
+
+    generator, found = torch.Generator().manual_seed(0), []
+    steps = [torch.randint(50257, (2, 2, 17), generator=generator) for _ in range(5)]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    for scaler in (off, make_scaler("bfloat16", CPU)):
+        model, results = copy.deepcopy(tiny), []
+        optimizer = model.configure_optimizers(0.1, 1e-2)
+        for step in steps:
+            batches = [(t[:, :-1], t[:, 1:]) for t in step]
+            results += training_step(model, batches, optimizer, scaler, autocast, 1.0)
+        found.append([*results, *model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_updates_left_out_are_recorded_and_twenty_end_the_run(base, tmp_path, monkeypatch):
+    """From step 5 on every gradient is NaN, but that of step 7: nothing is saved meanwhile."""
+    shards, _, _ = base
+    plain, step = train_gpt2.training_step, iter(range(1000))
+
+    def poisoned(model, batches, optimizer, *args):
+        now = next(step)
+        ln_f = model.transformer.ln_f.bias
+        bad = now >= 5 and now != 7
+        hook = ln_f.register_hook(lambda grad: grad * float("nan") if bad else grad)
+        try:
+            return plain(model, batches, optimizer, *args)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(train_gpt2, "training_step", poisoned)
+    flags = ["--max_steps", 40, "--save_every", 1, "--keep_checkpoints", 0]
+    done = train(shards, tmp_path / "out", *flags, check=False)
+    saved = [step for step, _ in find_checkpoints(tmp_path / "out")]
+    assert saved == [1, 2, 3, 4, 5, 8]
+    refused(done, "20 updates in a row were left out, the last one in step 27")
+    assert f"--resume goes on from {tmp_path}/out/step_00008" in done.stderr
+    log = log_of(tmp_path / "out")
+    assert log["skip"] == {5: 1, 6: 2} | {8 + i: i + 1 for i in range(20)}
+    assert list(log["train"]) == list(range(28))
+    assert done.stdout.count("update left out") == 22
+    for _, path in find_checkpoints(tmp_path / "out"):
+        state = torch.load(path / "training_state.pt", weights_only=True)
+        moments = [m for s in state["optimizer"]["state"].values() for m in s.values()]
+        assert all(t.isfinite().all() for t in (*state["model"].values(), *moments))
+
+
+def test_weights_that_have_gone_astray_are_not_saved(shards, tmp_path):
+    """A learning rate of 1e30: finite weights that give NaN. Even if that was the last step."""
+    for steps in (1, 3):
+        out = tmp_path / str(steps)
+        flags = ["--max_steps", steps, "--save_every", 1, "--val_every", 0]
+        wild = ["--max_lr", 1e30, "--warmup_steps", 1, "--grad_clip", 0]
+        done = train(shards, out, *flags, *wild, check=False)
+        refused(done, "the loss after 1 updates is nan; lower --max_lr")
+        assert find_checkpoints(out) == []
+        train(shards, out, *flags, "--resume")
+        assert [step for step, _ in find_checkpoints(out)] == list(range(1, steps + 1))
+
+
+# -- T2, T3, T8: what is loaded is what was asked for, what was trained is saved
+
+
+def test_an_untied_head_is_refused_whatever_the_config_says(tmp_path):
+    random_hugging_face(tmp_path, n_layer=1, n_embd=16, n_head=2)
+    state = load_file(tmp_path / "model.safetensors")
+    wte = state["transformer.wte.weight"]
+    for head, config in (
+        (wte + 1, True),
+        (wte + 1, None),
+        (wte.clone(), True),
+        (wte.clone(), None),
+    ):
+        save_file(
+            state | {"lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"}
+        )
+        settings = json.loads((tmp_path / "config.json").read_text())
+        settings.pop("tie_word_embeddings", None)
+        settings |= {} if config is None else {"tie_word_embeddings": config}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        if torch.equal(head, wte):
+            assert torch.equal(GPT.from_pretrained(tmp_path).lm_head.weight, wte)
+        else:
+            with pytest.raises(UserError, match="tie_word_embeddings"):
+                GPT.from_pretrained(tmp_path)
+
+
+def test_rows_of_the_vocabulary_that_were_trained_are_saved(tmp_path):
+    shards = write_shards(tmp_path / "shards", vocab=60000)
+    train(shards, tmp_path / "out", "--vocab_size", 60000, "--max_steps", 2)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out/step_00002")
+    assert theirs.transformer.wte.weight.shape == (60000, 32)
+    done = train(shards, tmp_path / "other", check=False)  # 50304 is 50257 and padding
+    refused(done, "but the model knows 50257 ids")
+
+
+def test_masks_in_old_files_are_ignored(tmp_path):
+    theirs = random_hugging_face(tmp_path, n_layer=1, n_embd=16, n_head=2)
+    state = load_file(tmp_path / "model.safetensors")
+    state = {name.removeprefix("transformer."): t for name, t in state.items()}
+    state["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    state["h.0.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    ours = GPT.from_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+# -- T4: one process at a time writes to a run's folder
+
+
+def start(*args, processes=1, stderr=subprocess.STDOUT):
+    """A run that goes on while the test does something to it."""
+    options = dict(text=True, start_new_session=True, env=os.environ | ENVIRONMENT)
+    line = command("train_gpt2.py", *args, processes=processes)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=stderr, **options)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_a_second_trainer_in_the_folder_is_refused(base, tmp_path):
+    shards, _, _ = base
+    out = tmp_path / "out"
+    flags = [*TINY_RUN, "--data_dir", shards, "--out_dir", out, "--max_steps", 100000]
+    first = start(*flags)
+    try:
+        wait_for(lambda: (out / "log.txt").exists() and (out / "log.txt").stat().st_size)
+        before = (out / "log.txt").read_bytes()
+        for more in ([], ["--resume"]):
+            done = train(shards, out, "--seed", 7, *more, check=False)
+            refused(done, "another process trains there" if more else "holds a run")
+        assert (out / "log.txt").read_bytes().startswith(before) and first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    train(shards, out, "--resume", "--max_steps", 1, "--seed", 7)  # the lock went with it
+
+
+# -- T5, T16: output and signals
+
+TINY_RUN = "--n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --block_size 64".split()
+TINY_RUN += "--dtype float32 --device cpu --hellaswag_every 0 --sample_every 0".split()
+TINY_RUN += [*STEPS, "--micro_batch_size", 4]
+
+
+def test_what_a_terminal_cannot_show_is_replaced(base, tmp_path):
+    flags = ["--sample_every", 4, "--sample_tokens", 60, "--save_every", 4]
+    done = train(base[0], tmp_path / "out", *flags, env={"PYTHONIOENCODING": "cp1252"})
+    assert done.stdout.count("> Hello") == 12
+
+
+def test_a_closed_pipe_ends_quietly_after_a_checkpoint(base, tmp_path):
+    out = tmp_path / "out"
+    flags = [*TINY_RUN, "--data_dir", base[0], "--out_dir", out, "--max_steps", 100000]
+    process = start(*flags, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 128 + signal.SIGPIPE
+    assert len(find_checkpoints(out)) == 1
+
+
+@pytest.mark.parametrize("name, processes", [("SIGTERM", 1), ("SIGINT", 1), ("SIGTERM", 2)])
+def test_a_signal_finishes_the_step_saves_and_can_be_resumed(base, tmp_path, name, processes):
+    """128 + the signal; then --resume ends with the log and weights of the undisturbed run."""
+    signal_stops(base, tmp_path, name, processes)
+
+
+def signal_stops(base, tmp_path, name, processes=1):
+    shards, _, _ = base
+    out, number = tmp_path / "out", getattr(signal, name)
+    flags = [*TINY_RUN, "--data_dir", shards, "--out_dir", out, "--save_every", 0]
+    flags += ["--max_steps", 60, "--val_every", 3]
+    process = start(*flags, processes=processes)
+    wait_for(lambda: (out / "log.txt").exists() and len((out / "log.txt").read_text()) > 400)
+    process.send_signal(number)
+    screen, _ = process.communicate(timeout=60)
+    assert process.returncode == (128 + number if processes == 1 else process.returncode), screen
+    assert process.returncode != 0
+    ((step, path),) = find_checkpoints(out)
+    assert 0 < step < 60 and f"step {step}: saved {path}" in screen and "--resume" in screen
+    flags = ["--resume", "--out_dir", out]
+    run("train_gpt2.py", *flags, processes=processes)
+    whole = tmp_path / "whole"
+    straight = [*TINY_RUN, "--data_dir", shards, "--out_dir", whole, "--save_every", 0]
+    straight += ["--max_steps", 60, "--val_every", 3]
+    run("train_gpt2.py", *straight, processes=processes)
+    assert (out / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    handlers = {}
+    monkeypatch.setattr(
+        signal, "signal", lambda number, handler: handlers.update({number: handler})
+    )
+    train_gpt2.catch_signals()
+    assert {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP} == handlers.keys()
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert handlers[signal.SIGINT] != signal.default_int_handler
+    handlers[signal.SIGINT](signal.SIGINT, None)
+    assert handlers[signal.SIGINT] == signal.default_int_handler
+    assert train_gpt2.received == [signal.SIGTERM] * 2 + [signal.SIGINT]
+    handlers.clear()
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)  # as nohup has it
+    train_gpt2.catch_signals()
+    assert handlers == {} and train_gpt2.received == []
+
+
+def test_save_minutes_go_by_the_clock(base, tmp_path, monkeypatch):
+    """A clock that moves on by a minute in each step."""
+    now, plain = [0.0], train_gpt2.training_step
+
+    def step(*args):
+        now[0] += 60
+        return plain(*args)
+
+    monkeypatch.setattr(train_gpt2.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train_gpt2, "training_step", step)
+    train(base[0], tmp_path / "out", "--save_every", 0, "--save_minutes", 2.5)
+    assert [step for step, _ in find_checkpoints(tmp_path / "out")] == [3, 6]
+    train(base[0], tmp_path / "both", "--save_every", 4, "--save_minutes", 2.5)
+    assert [step for step, _ in find_checkpoints(tmp_path / "both")] == [3, 4, 7, 8]
+    train(base[0], tmp_path / "never", "--save_every", 0, "--save_minutes", 0)
+    assert find_checkpoints(tmp_path / "never") == []
+
+
+def test_a_clock_that_is_set_back_does_not_matter(base, tmp_path, monkeypatch):
+    back = iter(range(10**6, 0, -1000))
+    monkeypatch.setattr(train_gpt2.time, "time", lambda: next(back))
+    done = train(base[0], tmp_path / "out")
+    assert "done after 0:00:" in done.stdout
+
+
+# -- T6: one sentence, whatever class a library raised
+
+
+def test_weights_that_are_a_pointer_to_git_lfs(base, tmp_path):
+    shutil.copytree(base[1] / "step_00008", tmp_path / "dir")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "dir/model.safetensors").write_text(pointer)
+    done = run_here("--sample_only", "--init_from", tmp_path / "dir", check=False)
+    refused(done, "dir cannot be loaded (")
+
+
+def test_rank_without_torchrun(base, tmp_path):
+    done = train(base[0], tmp_path / "out", env={"RANK": "0"}, check=False)
+    refused(done, "the processes cannot find each other (")
+    assert "MASTER_ADDR" in done.stderr or "WORLD_SIZE" in done.stderr
+    done = train(base[0], tmp_path / "out", env={"WORLD_SIZE": "two"}, check=False)
+    refused(done, "the processes cannot find each other (invalid literal")
+
+
+def test_not_enough_memory(base, tmp_path):
+    line = command("train_gpt2.py", *TINY_RUN, "--data_dir", base[0], "--out_dir", tmp_path / "out")
+    line += "--seq_len 64 --total_batch_size 65536 --micro_batch_size 1024 --n_embd 512".split()
+    limit = ["bash", "-c", 'ulimit -v 6000000; exec "$@"', "-", *line, "--vocab_size", "50257"]
+    env = os.environ | ENVIRONMENT
+    done = subprocess.run(limit, capture_output=True, text=True, env=env, timeout=120)
+    refused(done, "out of memory; give a smaller --micro_batch_size")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of some kilobytes."""
+    mounted = []
+
+    def mount(name, kilobytes, *flags):
+        folder = tmp_path / name
+        folder.mkdir()
+        options = ",".join([f"size={kilobytes}k", *flags])
+        line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+        if subprocess.run(line, capture_output=True).returncode:
+            pytest.skip("mounting a small file system needs root")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_folder_that_cannot_be_written(base, tmp_path, small_disk):
+    """T6, T18: read-only; no room for the log at the start, or later."""
+    shards, _, _ = base
+    read_only = small_disk("ro", 1000, "ro")
+    for out in (read_only / "out", read_only):
+        refused(train(shards, out, check=False, alone=True), "Read-only file system")
+    full = small_disk("full", 12)
+    (full / "ballast").write_bytes(bytes(4096))
+    flags = ["--max_steps", 1000, "--save_every", 0, "--val_every", 0]
+    done = train(shards, full / "out", *flags, check=False, alone=True)
+    refused(done, "log.txt cannot be written (No space left on device); make room")
+    assert list(log_of(full / "out")["train"])[:3] == [0, 1, 2]  # what was written is whole
+
+
+def test_notes_in_the_log_are_kept(base, tmp_path):
+    shutil.copytree(base[1], tmp_path / "out")
+    log = tmp_path / "out/log.txt"
+    log.write_text("a note of mine\n" + log.read_text() + "8 words are no record of the run\n")
+    run_here("--resume", "--out_dir", tmp_path / "out", "--max_steps", 9)
+    lines = log.read_text().splitlines()
+    assert lines[0] == "a note of mine" and "8 words are no record of the run" in lines
+    assert list(log_of(tmp_path / "out")["train"]) == list(range(9))
+
+
+# -- T7: printed advice works
+
+
+def test_printed_commands_work(base, tmp_path):
+    shards, out, screen = base
+    lines = [line.strip() for line in screen.splitlines()]
+    sample = next(line for line in lines if line.startswith("python train_gpt2.py --sample_only"))
+    done = run_here(*sample.split()[2:])
+    assert done.stdout.count("> Hello") == 4
+    notebook = next(line for line in lines if "jupyter execute" in line)
+    tools = os.path.dirname(sys.executable)
+    env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    shutil.copy(ROOT / "play.ipynb", tmp_path / "play.ipynb")
+    line = notebook.split("  #")[0].replace("play.ipynb", str(tmp_path / "play.ipynb"))
+    for name in ("train_gpt2.py", "hellaswag.py", "fineweb.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    subprocess.run(line, shell=True, cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert "image/png" in (tmp_path / "play.ipynb").read_text()
+
+
+# -- T14, T15, T17, T19, T20: checkpoints
+
+
+def flip_bytes(path):
+    """Four bytes of the largest array in a training_state.pt."""
+    with zipfile.ZipFile(path) as archive:
+        member = max(archive.infolist(), key=lambda member: member.file_size)
+    data = bytearray(path.read_bytes())
+    at = member.header_offset + len(member.filename) + 100 + member.file_size // 2
+    data[at : at + 4] = bytes(b ^ 0xFF for b in data[at : at + 4])
+    path.write_bytes(data)
+
+
+def other_step(path):
+    shutil.copy(path.parents[1] / "step_00004" / path.name, path)
+
+
+DAMAGE = [
+    ("wrong checksum of", flip_bytes),
+    ("it holds step 4", other_step),
+    ("BadZipFile", lambda path: path.write_bytes(b"")),
+    ("BadZipFile", lambda path: path.write_bytes(path.read_bytes()[:100_000])),
+    ("No such file", lambda path: path.unlink()),
+]
+
+
+@pytest.mark.parametrize("text, damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(base, tmp_path, text, damage):
+    out = tmp_path / "out"
+    shutil.copytree(base[1], out)
+    damage(out / "step_00008/training_state.pt")
+    done = run_here("--resume", "--out_dir", out)
+    assert f"warning: {out}/step_00008 is damaged ({text}" in done.stdout, done.stdout
+    assert "resuming " + str(out / "step_00004") in done.stdout
+    assert (out / "log.txt").read_bytes() == (base[1] / "log.txt").read_bytes()
+    assert newest_checkpoint(out)["step"] == 8  # mended
+
+
+def test_none_is_whole(base, tmp_path):
+    shutil.copytree(base[1], tmp_path / "out")
+    for step in (4, 8):
+        flip_bytes(tmp_path / f"out/step_0000{step}/training_state.pt")
+    done = run_here("--resume", "--out_dir", tmp_path / "out", check=False)
+    refused(done, "none of its checkpoints is whole")
+    assert (tmp_path / "out/log.txt").read_bytes() == (base[1] / "log.txt").read_bytes()
+
+
+def test_a_checkpoint_that_cannot_be_pruned_is_a_warning(base, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/step_00001").symlink_to(tmp_path / "elsewhere")
+    flags = ["--save_every", 2, "--keep_checkpoints", 1]
+    done = train(base[0], tmp_path / "out", *flags)
+    assert "warning: " in done.stdout and "step_00001 cannot be removed" in done.stdout
+    assert [step for step, _ in find_checkpoints(tmp_path / "out")][1:] == [6, 8]
+
+
+def test_absurd_sizes_are_refused_at_once(tmp_path):
+    began = time.monotonic()
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gpt2", n_layer=10**9)))
+    done = run_here("--sample_only", "--init_from", tmp_path, check=False)
+    refused(done, "choose a smaller model")
+    for flag in ("--n_layer", "--n_embd", "--vocab_size"):
+        flags = [flag, 12 * 10**9, "--device", "cpu", "--out_dir", tmp_path / "out"]
+        refused(run_here(*flags, "--data_dir", tmp_path, check=False), "choose a smaller model")
+    assert time.monotonic() - began < 20
+
+
+def test_a_checkpoint_says_where_it_comes_from(base):
+    state = torch.load(base[1] / "step_00008/training_state.pt", weights_only=True)
+    assert state["versions"]["torch"] == torch.__version__ and state["world_size"] == 1
+    assert {"commit", "python", "numpy", "device"} < state["versions"].keys()
+    assert state["shards"]["made_val_000000.npy"] == [3128, None]
+    assert state["config"]["max_lr"] == 1e-2
+    assert "versions: commit" in base[2] and "max_lr 0.01" in base[2]
+
+
+# -- processes that come and go
+
+
+@pytest.mark.faults
+def test_kill_9_at_twelve_moments(base, tmp_path):
+    """Random ones, amid a save, before the first checkpoint, in validation: --resume ends with the
+    log and weights of the undisturbed run, to the byte."""
+    shards, _, _ = base
+    flags = [*TINY_RUN, "--data_dir", shards, "--max_steps", 40, "--save_every", 5]
+    flags += ["--val_every", 5, "--val_tokens", 1500, "--keep_checkpoints", 1]
+    whole = tmp_path / "whole"
+    run("train_gpt2.py", *flags, "--out_dir", whole)
+    random.seed(0)
+    moments = ["save", "save", "save", "start", "start", "val", "val", *["random"] * 5]
+    table = []
+    for i, moment in enumerate(moments):
+        out, killed = tmp_path / str(i), 0
+        process = start(*flags, "--out_dir", out)
+        if moment == "save":
+            wait_for(lambda: any(out.glob("tmp_step_*")) or process.poll() is not None)
+        elif moment == "start":
+            wait_for(lambda: (out / "log.txt").exists())
+        elif moment == "val":
+            wanted = random.choice([10, 20, 30])
+            wait_for(lambda: (out / "log.txt").exists())
+            wait_for(lambda: f"\n{wanted - 1} norm" in (out / "log.txt").read_text())
+        else:
+            wait_for(lambda: (out / "log.txt").exists())
+            time.sleep(random.uniform(0.05, 1.2))
+        process.kill()
+        process.communicate()
+        killed = process.returncode == -signal.SIGKILL
+        had = [step for step, _ in find_checkpoints(out)]
+        again = flags if not had else []
+        run("train_gpt2.py", *again, "--resume", "--out_dir", out)
+        same = (out / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
+        name = "step_00040/model.safetensors"
+        equal = (out / name).read_bytes() == (whole / name).read_bytes()
+        leftovers = list(out.glob("tmp_*"))
+        table.append((moment, killed, had, same, equal, leftovers))
+    assert all(
+        killed and same and equal and not left for _, killed, _, same, equal, left in table
+    ), table
+    print(*table, sep="\n")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name, processes", [("SIGUSR1", 1), ("SIGHUP", 1), ("SIGINT", 2)])
+def test_other_signals(base, tmp_path, name, processes):
+    signal_stops(base, tmp_path, name, processes)
+
+
+@pytest.mark.faults
+def test_world_1_2_1_with_other_micro_batches(base, tmp_path):
+    shards, whole, _ = base
+    out = tmp_path / "out"
+    train(shards, out, "--max_steps", 8, "--save_every", 3, alone=True)
+    for step in (6, 8):
+        shutil.rmtree(out / f"step_0000{step}")
+    flags = ["--resume", "--out_dir", out]
+    run("train_gpt2.py", *flags, "--micro_batch_size", 2, processes=2)
+    shutil.rmtree(out / "step_00008")
+    run("train_gpt2.py", *flags, "--micro_batch_size", 8)
+    for stream in ("train", "norm", "val"):
+        assert log_of(out)[stream] == pytest.approx(log_of(whole)[stream], abs=1e-4)
+
+
+def agents(*args, nodes=2):
+    """One torchrun agent per node, as the README starts them, all on the loopback address."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
+    launch += ["--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    line = [*launch, str(ROOT / "train_gpt2.py"), *map(str, args)]
+    options = dict(text=True, start_new_session=True, env=os.environ | ENVIRONMENT)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return [subprocess.Popen(line, **options, **pipes) for _ in range(nodes)]
+
+
+@pytest.mark.faults
+def test_two_nodes_for_real(base, tmp_path):
+    """Two agents, one shared folder: the losses of one process. One agent is killed with what it
+    started; the job, started again by hand with --resume, ends as the one that was left alone."""
+    shards, whole, _ = base
+    flags = [*TINY_RUN, "--data_dir", shards, "--save_every", 4]
+    found = []
+    for node in agents(*flags, "--out_dir", tmp_path / "out"):
+        found.append(node.communicate(timeout=120)[0])
+        assert node.returncode == 0, found
+    for stream in ("train", "norm", "val"):
+        ours, theirs = log_of(tmp_path / "out")[stream], log_of(whole)[stream]
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    out = tmp_path / "killed"
+    flags += ["--out_dir", out]
+    nodes = agents(*flags, "--max_steps", 4000)
+    wait_for(lambda: (out / "step_00004").exists())
+    for node in nodes:  # the first one dies, the others follow or are made to
+        os.killpg(node.pid, signal.SIGKILL)
+        node.communicate()
+    for step, path in find_checkpoints(out):
+        if step > 4:
+            shutil.rmtree(path)
+    if not (out / "step_00004").exists():
+        pytest.skip("too fast: step_00004 was pruned before the kill")
+    for node in agents("--resume", "--out_dir", out, "--max_steps", 8):
+        assert node.wait(120) == 0, node.stdout.read()
