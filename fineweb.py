@@ -165,7 +165,8 @@ def list_shards(data_dir, split):
     """The paths of `split`, "train" or "val", in order. UserError if there are none."""
 
     def number(path):  # 2 before 10
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+        parts = re.split(r"(\d+)", path.name)
+        return [int(part) if part.isdecimal() else part for part in parts], path.name
 
     found = [p for p in Path(data_dir).glob("*") if (m := SHARD.match(p.name)) and m[1] == split]
     paths = sorted(found, key=number)
@@ -201,11 +202,11 @@ def open_shard(path):
 
 
 def open_shards(data_dir, split):
-    """{name: token ids, (n,) uint16} of the shards of `split`, in order: memory maps, so that only
+    """The token ids, (n,) uint16, of each shard of `split`, in order: memory maps, so that only
     what is read takes memory. UserError if there are none, or if they are not as they were made."""
     check_manifest(data_dir)  # folders that other programs made have none to check
     # As plain arrays, whose slices are made faster than those of np.memmap.
-    return {path.name: open_shard(path).view(np.ndarray) for path in list_shards(data_dir, split)}
+    return [open_shard(path).view(np.ndarray) for path in list_shards(data_dir, split)]
 
 
 def describe_shards(data_dir):
@@ -274,7 +275,7 @@ def verify(data_dir):
             wrong.append(str(error))
     if wrong:
         raise UserError("\n".join(wrong))
-    print(f"{data_dir}: all {len(shards)} shards are right.")
+    print(f"{data_dir}: all {len(shards)} shards are right")
 
 
 def sha256(path):

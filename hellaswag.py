@@ -447,9 +447,8 @@ def load_gpt2(name_or_dir):
         raise UserError(f"{name_or_dir}: no such directory; give one, or a name: {names}")
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what matters of its warnings is refused here
-    remedy = (
-        "look at its files, or at the connection" if Path(name_or_dir).is_dir() else "try again"
-    )
+    here = Path(name_or_dir).is_dir()
+    remedy = "look at its files" if here else "look at the connection, or give a directory"
     with blame(f"{name_or_dir} cannot be loaded", remedy):
         c = GPT2Config.from_pretrained(name_or_dir)
         weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd

@@ -7,44 +7,32 @@
     python train_gpt2.py --resume                           # go on from the newest checkpoint
     python train_gpt2.py --init_from gpt2 --sample_only     # sample OpenAI's weights
 
-The lecture, in its order, is the upper part of this file and ends with train():
+The lecture is the upper part of this file, down to the end of train(), in this order:
 
-    the network, flash attention ............... CausalSelfAttention, attention, MLP, Block, GPT
-    tied embeddings, initialisation ............ GPT.__init__, GPT.init_weights
+    the network, flash attention ............... CausalSelfAttention, attention, MLP, Block, ...
     logits, cross entropy, ln V at the start ... GPT.forward, cross_entropy
+    tied embeddings, initialisation ............ GPT.__init__, GPT.init_weights
     weights in and out ......................... GPT.from_pretrained, GPT.save_pretrained
     AdamW, weight-decay groups, fused .......... GPT.configure_optimizers
-    the sampling loop .......................... GPT.generate
+    the sampling loop .......................... GPT.generate, print_samples
     batches, shards, epochs .................... DataLoaderLite
     warm-up, cosine, batch-size schedule ....... get_lr, get_batch_size
     the validation split ....................... evaluate
+    devices, processes, precisions ............. init_processes, pick_device, pick_dtype
     accumulation, autocast, DDP, clipping ...... training_step
-    devices, TF32, bfloat16, compile, the loop . train; overfitting one batch is one line in it
+    TF32, compile, the loop, one batch over .... train
 
-The lower part, behind a rule, would be the same for another model: processes, files, the screen,
-what makes a CPU and sampling faster, the command line. It can be skipped.
+The lower part, behind a rule, would be the same for another model. It can be skipped.
 
 Letters in shapes: B sequences of T tokens, C channels (n_embd), V rows of the vocabulary, H heads
-of D channels each. "GPT-2" cites Radford et al. 2019, "GPT-3" Brown et al. 2020 (arXiv 2005.14165).
+of D channels each. GPT-1, 2 and 3 are Radford et al. 2018 and 2019 and Brown et al. 2020.
 """
 
-import ctypes
 import math
 import os
-import platform
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
 import time
-import timeit
-import zipfile
 from bisect import bisect_right
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -52,37 +40,35 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.checkpoint import checkpoint as recompute
 
 import fineweb
 import hellaswag
-from fineweb import VOCAB_SIZE, UserError, open_shards, tokenizer
+from fineweb import VOCAB_SIZE, UserError, tokenizer  # 50257, a sentence for the user, GPT-2's
 
-# ----------------------------------------------------------------------------------------------
-# Configuration: one knob per line, from which tyro makes the command line and its help
+# Configuration --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
+    """A run: one knob per line, from which tyro makes the command line and its help."""
+
     # where from, where to
-    demo: bool = False  # a short run on text that ships with Python; other flags still count
+    demo: bool = False  # settings for a short run on text that ships with Python
     data_dir: str = "edu_fineweb10B"  # shards that fineweb.py wrote
     out_dir: str = "log"  # log.txt and checkpoints
     init_from: str = "scratch"  # or gpt2 ... gpt2-xl, or a directory: weights to start from
     resume: bool = False  # go on from out_dir's newest checkpoint, with the settings of its run
     # the network, unless --init_from brings its own
-    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # sets the next three
-    n_layer: int | None = None  # blocks
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # a row of SIZES
+    n_layer: int | None = None  # blocks; these three, if given, replace those of the row
     n_head: int | None = None  # attention heads per block
     n_embd: int | None = None  # channels, a multiple of n_head
     block_size: int | None = None  # longest context in tokens; 1024, or seq_len if that is longer
     vocab_size: int = 50304  # 50257 and padding to a multiple of 128, which GPUs multiply faster
     # batch and data order
     total_batch_size: int = 524288  # tokens per update, 2**19: 0.5M in GPT-3 table 2.1
-    batch_ramp_steps: int = 0  # updates during which the batch grows from an eighth (0 = none)
+    batch_ramp_steps: int = 0  # updates with an eighth, a quarter, half of it first (0 = none)
     micro_batch_size: int | Literal["auto"] = "auto"  # sequences on one device at a time
     seq_len: int = 1024  # tokens per sequence
     shuffle: bool = True  # visit the training windows in a new order each epoch
@@ -95,15 +81,15 @@ class Config:
     min_lr: float = 6e-5  # where the cosine ends: 10% of max_lr
     weight_decay: float = 0.1  # of matrices and embeddings
     grad_clip: float = 1.0  # largest norm of the whole gradient (0 = no limit)
-    # once in a while (in steps; 0 = never; otherwise after the last update too)
+    # every so many steps, and after the last update (0 = never)
     val_every: int = 250  # validation loss
-    val_tokens: int = 10485760  # tokens that it is averaged over, the same ones every time
     hellaswag_every: int = 250  # HellaSwag acc_norm
-    hellaswag_data: str = hellaswag.DATA  # its items; downloaded to here if nothing is there
     sample_every: int = 250  # print samples
     save_every: int = 5000  # write a checkpoint
-    save_minutes: float = 30  # and also when so many have passed since the last one
+    save_minutes: float = 30  # also when so many have passed since the last one (0 = never)
     keep_checkpoints: int = 3  # older ones that stay beside the newest (0 = all)
+    val_tokens: int = 10485760  # of the validation split, 20 * 2**19; the same ones every time
+    hellaswag_data: str = "hellaswag/hellaswag_val.jsonl"  # downloaded to here if nothing is there
     # sampling
     prompt: str = "Hello, I'm a language model,"  # samples begin with it
     sample_tokens: int = 32  # new tokens per sample
@@ -113,29 +99,40 @@ class Config:
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of matrix products
-    compile: bool = False  # torch.compile; on by itself on CUDA
+    compile: bool = False  # torch.compile; on CUDA on, unless --no-compile
 
 
-SIZES = {  # GPT-2 table 2; 124M, 355M, 774M and 1,558M parameters
+SIZES = {  # GPT-2 table 2: 124M, 355M, 774M and 1,558M parameters (it prints a little less)
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
 
-# ----------------------------------------------------------------------------------------------
-# The network: GPT-2 with Hugging Face's parameter names. No dropout: in one pass over fresh text
-# there is nothing to overfit.
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A network: what Config asks for, or what loaded weights bring. Defaults: OpenAI's 124M."""
+
+    block_size: int = 1024  # longest context in tokens
+    vocab_size: int = VOCAB_SIZE  # rows of the vocabulary, padding included
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+
+
+# The network ----------------------------------------------------------------------------------
+# GPT-2, with Hugging Face's parameter names; no dropout, as one pass over fresh text needs none
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config):  # a GPTConfig, here and below
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None):  # only HellaSwag gives a mask
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
@@ -148,11 +145,16 @@ class CausalSelfAttention(nn.Module):
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q kᵀ / sqrt(D)) v (Vaswani et al. 2017, equation 1), for q, k, v of shape
-    (B, H, T, D). Without a mask (bool, True: may look) it is causal: each token looks at itself
-    and at those before it. This is flash attention: the (T, T) weights never exist as a whole."""
-    if mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return cpu_attention(q, k, v)  # the same, faster there: see below the rule
+    """Each token looks at itself and at those before it. q, k, v: (B, H, T, D); returns the same.
+
+    In four lines (Vaswani et al. 2017, equation 1), which write (B, H, T, T) weights to memory:
+        weights = q @ k.transpose(2, 3) / math.sqrt(D)
+        weights = weights.masked_fill(~mask, -math.inf)  # bool, True: may look
+        weights = F.softmax(weights, dim=-1)
+        return weights @ v
+    Flash attention computes the same in tiles that stay on the chip."""
+    if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
+        return cpu_attention(q, k, v)  # there the four lines are faster
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
@@ -187,17 +189,18 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # of the token
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # of its position
+        self.block_size = config.block_size
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # token embeddings
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embeddings
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     def forward(self, idx, position_ids=None, attention_mask=None):
-        """idx: (B, T) int64; returns (B, T, C). HellaSwag packs rows in its own way and gives
-        position_ids, (B, T) int64, and attention_mask, (B, 1, T, T) bool, True: may look."""
-        T, context = idx.size(1), self.wpe.num_embeddings
-        if T > context:
-            raise ValueError(f"{T} tokens are more than the model's context of {context}")
+        """idx: (B, T) int64; returns (B, T, C). HellaSwag packs four endings behind one context in
+        a row, so it gives position_ids (B, T) and attention_mask (B, 1, T, T), True: may look."""
+        T = idx.size(1)
+        if T > self.block_size:
+            raise ValueError(f"{T} tokens are more than the model's context of {self.block_size}")
         if position_ids is None:
             position_ids = torch.arange(T, device=idx.device)
         x = self.wte(idx) + self.wpe(position_ids)  # (B, T, C)
@@ -206,29 +209,20 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
 
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of one network, as Config or a config.json that comes with weights has it."""
-
-    block_size: int = 1024  # longest context in tokens
-    vocab_size: int = VOCAB_SIZE  # 50257: 50,000 merges, 256 bytes, <|endoftext|>
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-
-    @property
-    def n_tokens(self):
-        """Rows of the vocabulary that stand for a token: all, but 50304 is 50257 and padding."""
-        return VOCAB_SIZE if self.vocab_size == 50304 else self.vocab_size
+def cross_entropy(lm_head, x, targets):
+    """Mean of -ln p(target), in nats per token. x: (B, T, C), targets: (B, T) int64. At first all
+    tokens are about equally likely, so the loss starts near ln V = 10.83 (V = 50304)."""
+    if x.is_cpu and not torch.compiler.is_compiling():
+        return CPUCrossEntropy.apply(x, lm_head.weight, targets)  # the same, in less memory
+    logits = lm_head(x)  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def cross_entropy(x, weight, targets):
-    """Mean of -ln p(target) in nats. x: (N, C), weight: (V, C), targets: (N,) int64. At first
-    every token is about as likely as any other, so it is near ln V: 10.83 for V = 50304."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return CPUCrossEntropy.apply(x, weight, targets)  # the same in less memory
-    logits = F.linear(x, weight)  # (N, V)
-    return F.cross_entropy(logits.float(), targets)
+def transpose_conv1d(name, tensor):
+    """Hugging Face's Conv1D stores these weights as (in, out), nn.Linear as (out, in). Transposing
+    is its own inverse, so this serves both ways."""
+    conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    return tensor.t().contiguous() if name.endswith(conv1d) else tensor
 
 
 class GPT(nn.Module):
@@ -237,15 +231,16 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Tied: one tensor reads tokens and predicts them (Press and Wolf 2017), 38M of 124M.
+        # Tied: one tensor reads tokens and predicts them (Press and Wolf 2017). It saves 39M
+        # parameters of what would be 163M.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """N(0, 0.02) for matrices and embeddings (Radford et al. 2018, section 4.1). What each
-        block adds to the residual stream, twice per block, is scaled by 1/sqrt(2 n_layer), so
-        that the sum of 2 n_layer terms does not grow with depth (GPT-2 section 2.3)."""
+        """N(0, 0.02) for matrices and embeddings (GPT-1, section 4.1). Each block adds to the
+        residual stream twice, through a c_proj: those get 0.02 / sqrt(2 n_layer), so that the sum
+        of all 2 n_layer terms does not grow with depth (GPT-2, section 2.3)."""
         for name, p in self.named_parameters():  # the tied tensor comes once
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -255,161 +250,144 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)  # what is left, the weights of LayerNorm, are ones already
 
     def forward(self, idx, targets=None):
-        """idx, targets: (B, T) int64, the targets being the next tokens. Without targets the
-        logits (B, T, V); with them the mean loss in nats per token."""
+        """idx, targets: (B, T) int64, each target being the token after. Without targets the logits
+        (B, T, V); with them the mean loss."""
         x = self.transformer(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x)
-        return cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-
-    def num_params(self):
-        return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self, seq_len):
-        """Forward and backward: 6 for each weight that multiplies, and 12·L·C·T for attention
-        (Chowdhery et al. 2022, appendix B). Position embeddings only add."""
-        multiply = self.num_params() - self.transformer.wpe.weight.numel()
-        return 6 * multiply + 12 * self.config.n_layer * self.config.n_embd * seq_len
-
-    # weights in and out
+        return cross_entropy(self.lm_head, x, targets)
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
         """OpenAI's weights by name, gpt2 ... gpt2-xl, or a directory that save_pretrained wrote,
         ours or Hugging Face's. UserError if it is not there or is no plain GPT-2."""
-        hf = load_hugging_face(name_or_dir)
+        hf = load_hugging_face(name_or_dir)  # transformers' GPT2LMHeadModel, checked
         c = hf.config
-        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+        shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+        model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, **shape))
         state = {name: transpose_conv1d(name, t) for name, t in hf.state_dict().items()}
-        model.load_state_dict(state)
+        model.load_state_dict(state)  # refuses any name or shape that differs
         return model
 
     def save_pretrained(self, directory):
-        """A directory that transformers opens: config.json, model.safetensors without the
-        vocabulary's padding, and the tokenizer's files."""
-        from safetensors.torch import save_file
-
-        state = {name: transpose_conv1d(name, t) for name, t in self.state_dict().items()}
-        del state["lm_head.weight"]  # tied
-        state["transformer.wte.weight"] = self.transformer.wte.weight[: self.config.n_tokens]
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        hugging_face_config(self.config).save_pretrained(directory)
-        save_file(state, directory / "model.safetensors", {"format": "pt"})
-        shutil.copymode(directory / "config.json", directory / "model.safetensors")
-        if self.config.n_tokens == VOCAB_SIZE:
-            fineweb.save_tokenizer(directory, self.config.block_size)
-
-    # sampling
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, seed=42, use_cache=True):
-        """Continue idx, (B, T) int64, to (B, T + max_new_tokens). Each token is drawn from the
-        top_k likeliest (0 = all; temperature 0 = always the likeliest) by a generator of its
-        own, so that no other random stream moves."""
-        next_logits = CachedDecoder(self) if use_cache else lambda idx: self(idx)[:, -1]
-        generator = torch.Generator(idx.device).manual_seed(seed)
-        if temperature == 0:
-            temperature, top_k = 1.0, 1  # one to draw from
-        for _ in range(max_new_tokens):
-            context = idx[:, -self.config.block_size :]  # the model can see no more
-            logits = next_logits(context)[:, :VOCAB_SIZE]  # (B, V): padding is never drawn
-            logits, ids = logits.float().topk(min(top_k or VOCAB_SIZE, logits.size(1)))  # (B, k)
-            probs = F.softmax(logits / temperature, dim=-1)
-            drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1), which of the k
-            idx = torch.cat([idx, ids.gather(1, drawn)], dim=1)
-        return idx
-
-    # optimizer
+        """Write a directory that from_pretrained and transformers open."""
+        save_hugging_face(self, directory)
 
     def configure_optimizers(self, weight_decay, learning_rate):
         """AdamW with the betas, eps and weight decay of GPT-3 appendix B. Matrices and embeddings
         decay; biases and LayerNorm's weights, which have one dimension, do not."""
         params = list(self.parameters())
-        groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        decay = [p for p in params if p.dim() >= 2]
+        no_decay = [p for p in params if p.dim() < 2]
+        groups = [  # lr_scale: a group's share of the schedule's learning rate
+            {"params": decay, "weight_decay": weight_decay, "lr_scale": 1.0},
+            {"params": no_decay, "weight_decay": 0.0, "lr_scale": 1.0},
         ]
-        for group in groups:
-            group["lr_scale"] = 1.0  # train() sets lr to the schedule's times this
-        # fused: one kernel updates all tensors, instead of several for each of 148
+        # fused: one kernel updates all 148 tensors, instead of several kernels for each
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
 
-def transpose_conv1d(name, tensor):
-    """OpenAI's TensorFlow code stored these weights as (in, out), nn.Linear has (out, in). The
-    same both ways."""
-    conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    return tensor.t().contiguous() if name.endswith(conv1d) else tensor
+    def n_ids(self):
+        """Rows of the vocabulary that stand for a token: all, but 50304 are 50257 and padding."""
+        return VOCAB_SIZE if self.config.vocab_size == 50304 else self.config.vocab_size
+
+    def next_logits(self, idx):
+        """Logits (B, V) of the token that follows idx (B, T)."""
+        return self(idx)[:, -1]
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, seed=42, use_cache=True):
+        """Continue idx, (B, T) int64, to (B, T + max_new_tokens). Each token is drawn from the
+        top_k likeliest (0 = all; temperature 0 = always the likeliest), by a generator of its own:
+        sampling does not change training's random numbers."""
+        # CachedDecoder gives the same logits and remembers what it has computed.
+        next_logits = CachedDecoder(self) if use_cache else self.next_logits
+        generator = torch.Generator(idx.device).manual_seed(seed)
+        if temperature == 0:
+            temperature, top_k = 1.0, 1  # the only candidate is the likeliest
+        k = min(top_k or VOCAB_SIZE, VOCAB_SIZE, self.config.vocab_size)
+        for _ in range(max_new_tokens):
+            context = idx[:, -self.config.block_size :]  # the model can see no more
+            logits = next_logits(context)[:, :VOCAB_SIZE]  # rows of padding are never drawn
+            logits, ids = logits.float().topk(k)  # (B, k)
+            probs = F.softmax(logits / temperature, dim=-1)
+            drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1): which of the k
+            idx = torch.cat([idx, ids.gather(1, drawn)], dim=1)
+        return idx
 
 
-# ----------------------------------------------------------------------------------------------
-# Data: each batch is a function of (seed, step), so there is no position to save, and any number
-# of processes sees the same batches.
+def print_samples(model, config, autocast, rows=4):
+    """Continuations of --prompt, each up to its <|endoftext|>."""
+    enc = tokenizer()
+    prompt = enc.encode_ordinary(config.prompt) or [enc.eot_token]
+    idx = torch.tensor([prompt] * rows, device=model.lm_head.weight.device)  # (rows, T)
+    with autocast:
+        idx = model.generate(idx, config.sample_tokens, config.temperature, config.top_k)
+    for new in idx[:, len(prompt) :].tolist():
+        end = new.index(enc.eot_token) if enc.eot_token in new else len(new)
+        print0(">", config.prompt + enc.decode(new[:end]))
+
+
+# Data -----------------------------------------------------------------------------------------
+# A batch is a function of (seed, step): no position to save, and any number of processes, or of
+# steps in one go, sees the same batches.
 
 
 class DataLoaderLite:
     """The shards of one split as one stream of tokens, cut into windows of T + 1 that overlap by
     one: the last target of a window is the first input of the next."""
 
-    def __init__(self, config, split, B, rank=0, world_size=1, device="cpu", n_tokens=VOCAB_SIZE):
-        self.config, self.B, self.T = config, B, config.seq_len
+    def __init__(self, config, split, B, rank=0, world_size=1, device="cpu", n_ids=VOCAB_SIZE):
+        self.config, self.B, self.T = config, B, config.seq_len  # B windows in a micro-batch
+        self.n_ids = n_ids  # that the model knows
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.shards = open_shards(config.data_dir, split)  # {name: (n,) uint16, a memory map}
-        self.ends = np.cumsum([len(shard) for shard in self.shards.values()]).tolist()
-        self.limit = n_tokens  # ids that the model knows
-        self.n_windows = (self.ends[-1] - 1) // self.T
-        if self.n_windows < 1:
-            raise UserError(
-                f"{config.data_dir}: its {split} shards hold {self.ends[-1]} tokens, too few for "
-                f"--seq_len {self.T}; give a smaller one, or more text"
-            )
-        self.permutations = {}  # of the epoch at hand
-        self.reader = ThreadPoolExecutor(1)  # reads the next batch while the device computes
-        self.reading = {}  # step -> what it will have read
+        self.shards = fineweb.open_shards(config.data_dir, split)  # [(n,) uint16], memory maps
+        sizes = [len(shard) for shard in self.shards]
+        self.starts = [0, *np.cumsum(sizes[:-1]).tolist()]  # where in the stream each one begins
+        self.n_tokens = sum(sizes)
+        self.n_windows = count_windows(config, split, self.n_tokens)
+        self.epoch = None  # whose permutation is at hand
 
     def order(self, step):
-        """The windows of update `step`, a list of int: the next ones of an endless sequence of
-        epochs, in each of which every window comes once."""
-        first, end = (tokens_before(s, self.config) // self.T for s in (step, step + 1))
+        """The windows of update `step`, a list of int. Line up all epochs, each a permutation of
+        the windows: an update takes the next ones of that line."""
+        first = tokens_before(step, self.config) // self.T
+        end = tokens_before(step + 1, self.config) // self.T
         windows = []
         for position in range(first, end):
-            epoch, i = divmod(position, self.n_windows)
-            windows.append(int(self.permutation(epoch)[i]) if self.config.shuffle else i)
+            epoch, i = divmod(position, self.n_windows)  # a batch may reach into the next epoch
+            windows.append(self.permutation(epoch)[i] if self.config.shuffle else i)
         return windows
 
     def permutation(self, epoch):
-        """An order of all windows, (n_windows,) int64. RandomState, because NumPy promises that
-        its stream never changes."""
-        if epoch not in self.permutations:
+        """An order of all windows. RandomState, because NumPy promises that its stream never
+        changes; a list seeds it with both numbers."""
+        if epoch != self.epoch:
             random = np.random.RandomState([self.config.seed, epoch])
-            self.permutations = {epoch: random.permutation(self.n_windows)}
-        return self.permutations[epoch]
+            self.epoch, self.windows = epoch, random.permutation(self.n_windows)
+        return self.windows
 
     def share(self, windows):
-        """This process's windows, B at a time: the processes take turns."""
+        """This process's part, B windows at a time: the processes take turns. With B = 2 and two
+        processes, windows 0 1 go to rank 0, 2 3 to rank 1, 4 5 to rank 0, ..."""
         starts = range(self.rank * self.B, len(windows), self.world_size * self.B)
         return [windows[i : i + self.B] for i in starts]
 
     def read(self, windows):
         """The tokens of some windows, (len(windows), T + 1) int64, in the CPU's memory."""
         rows = np.empty((len(windows), self.T + 1), dtype=np.uint16)
-        shards = list(self.shards.values())
         for row, window in zip(rows, windows):
-            n = bisect_right(self.ends, window * self.T)  # the shard that it begins in
-            start = window * self.T - self.ends[n] + len(shards[n])
-            part = shards[n][start : start + len(row)]
+            n = bisect_right(self.starts, window * self.T) - 1  # the shard in which it begins
+            offset = window * self.T - self.starts[n]
+            part = self.shards[n][offset : offset + len(row)]
             while len(part) < len(row):  # it runs over the end of that shard
                 n += 1
-                part = np.concatenate([part, shards[n][: len(row) - len(part)]])
+                part = np.concatenate([part, self.shards[n][: len(row) - len(part)]])
             row[:] = part
-        if rows.max() >= self.limit:
-            raise UserError(
-                f"{self.config.data_dir}: its shards hold token id {rows.max()}, but the model "
-                f"knows {self.limit} ids; give another --data_dir or --vocab_size"
-            )
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        return tokens.pin_memory() if self.device.type == "cuda" else tokens  # for fast copies
+        refuse_unknown_ids(rows, self.n_ids, self.config)
+        return torch.from_numpy(rows.astype(np.int64))
 
     def inputs_and_targets(self, tokens):
         """(B, T) and (B, T) on the device: each token's target is the one after it."""
@@ -417,18 +395,12 @@ class DataLoaderLite:
         return tokens[:, :-1], tokens[:, 1:]
 
     def read_step(self, step):
+        """What this process does of update `step`: batch / (B T world_size) micro-batches, the
+        lecture's grad_accum_steps, (B, T + 1) each."""
         return [self.read(windows) for windows in self.share(self.order(step))]
 
-    def batches(self, step):
-        """This process's micro-batches of update `step`: a list of (inputs, targets). A thread
-        reads those of the next update meanwhile."""
-        now = self.reading.pop(step, None) or self.reader.submit(self.read_step, step)
-        self.reading = {step + 1: self.reader.submit(self.read_step, step + 1)}
-        return [self.inputs_and_targets(tokens) for tokens in now.result()]
 
-
-# ----------------------------------------------------------------------------------------------
-# Schedules and validation
+# Schedules and validation ---------------------------------------------------------------------
 
 
 def get_lr(step, config):
@@ -442,15 +414,17 @@ def get_lr(step, config):
 
 
 def get_batch_size(step, config):
-    """Tokens in update `step`. During the first batch_ramp_steps an eighth, a quarter, half of
-    total_batch_size, for a third of them each; GPT-3 appendix B grows it linearly, from 32k."""
-    if not 0 <= step < config.batch_ramp_steps:
+    """Tokens in update `step`. The first batch_ramp_steps updates have an eighth, a quarter, half
+    of total_batch_size, for a third of them each. (GPT-3 appendix B grows it from 32k tokens, in
+    a straight line, over the first 4 to 12 billion tokens.)"""
+    if step >= config.batch_ramp_steps:
         return config.total_batch_size
-    return config.total_batch_size // (8, 4, 2)[3 * step // config.batch_ramp_steps]
+    third = 3 * step // config.batch_ramp_steps  # 0, 1, 2
+    return config.total_batch_size // 2 ** (3 - third)
 
 
 def tokens_before(step, config):
-    """Tokens of all updates before `step`."""
+    """Tokens of all updates before `step`: those in the ramp, and those of full size."""
     ramp = sum(get_batch_size(s, config) for s in range(min(step, config.batch_ramp_steps)))
     return ramp + max(0, step - config.batch_ramp_steps) * config.total_batch_size
 
@@ -459,87 +433,136 @@ def tokens_before(step, config):
 def evaluate(model, loader, val_tokens, autocast):
     """Mean loss in nats per token over the first val_tokens tokens of the loader's split, or all
     that there are. Any number of processes covers the same tokens and gets the same result."""
-    windows = range(min(max(1, val_tokens // loader.T), loader.n_windows))
-    total = torch.zeros(2, device=loader.device)  # summed loss of sequences, their number
-    for share in loader.share(windows):
-        x, y = loader.inputs_and_targets(loader.read(share))
+    n_windows = min(val_tokens // loader.T, loader.n_windows)
+    loss_sum = torch.zeros((), device=loader.device)
+    n = 0  # windows; there is no dropout to switch off
+    for windows in loader.share(range(n_windows)):
+        x, y = loader.inputs_and_targets(loader.read(windows))
         with autocast:
-            total[0] += model(x, y) * len(x)
-        total[1] += len(x)
-    total = mean_over_processes(*total)
-    return (total[0] / total[1]).item()
+            loss_sum += model(x, y) * len(x)
+        n += len(x)
+    loss_sum, n = mean_over_processes(loss_sum, n)  # as good as sums: what counts is the quotient
+    return (loss_sum / n).item()
 
 
-# ----------------------------------------------------------------------------------------------
-# One update, and the run
+# Processes, devices, precisions ---------------------------------------------------------------
+
+
+@fineweb.blame("the processes cannot find each other", "start them with torchrun")
+def init_processes(device_name="auto"):
+    """(rank, world_size, device). torchrun starts one process per GPU and tells each its rank; what
+    follows is the same without it, with rank 0 of 1."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        use_cpu_well()
+    if "RANK" in os.environ and device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    elif "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    return rank, world_size, device
+
+
+def pick_device(name="auto", local_rank=0):
+    """A torch.device by name; auto: cuda, else mps, else cpu. UserError if it is not there."""
+    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name == "auto":
+        name = next(device for device in have if have[device])
+    if not have[name]:
+        raise UserError(f"--device {name}: there is none here; --device auto takes what there is")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def pick_dtype(name, device):
+    """The precision of matrix products, by name. auto: bfloat16 where the hardware multiplies it
+    well, else float16 on CUDA, else float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        can = torch.cuda.is_bf16_supported(including_emulation=False)  # from the A100 on
+        return "bfloat16" if can else "float16"
+    return "bfloat16" if device.type == "cpu" and bfloat16_pays() else "float32"
+
+
+# One update, and the run ----------------------------------------------------------------------
 
 
 def training_step(model, batches, optimizer, scaler, autocast, grad_clip):
-    """One update from micro-batches, a list of (inputs, targets). Returns the loss of these
-    micro-batches and the norm of the global batch's gradient before it is clipped, as tensors:
-    nothing in here waits for the device."""
+    """One update from micro-batches of one size, a list of (inputs, targets). Returns the loss of
+    these micro-batches, and the norm that the gradient of the global batch had before it was
+    clipped, as tensors: nothing in here waits for the device."""
     optimizer.zero_grad(set_to_none=True)
-    total = 0.0
+    loss_sum = 0.0
     for micro_step, (x, y) in enumerate(batches):
         if isinstance(model, DDP):  # average the gradients over processes once, at the end
             model.require_backward_grad_sync = micro_step == len(batches) - 1
         with autocast:  # matrix products in bfloat16; weights, LayerNorm, softmax, loss in float32
             loss = model(x, y)
         loss = loss / len(batches)  # backward() adds gradients up; the batch's loss is a mean
-        scaler.scale(loss).backward()  # float16: lifts small gradients over its smallest number
-        total += loss.detach()
+        scaler.scale(loss).backward()  # float16: scaled up, so that small gradients are not 0
+        loss_sum += loss.detach()
     scaler.unscale_(optimizer)  # the true gradients again, before they are measured
     # A rare bad batch must not throw the weights far: scale its gradient down to this norm.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or torch.finfo(torch.float32).max)
-    scaler.step(optimizer)  # leaves the update out if a gradient has a NaN or an infinity
+    limit = grad_clip or torch.finfo(torch.float32).max  # 0: none
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    scaler.step(optimizer)  # the update, left out if a gradient has a NaN or an infinity
     scaler.update()
-    return total, norm
+    return loss_sum, norm
 
 
 def train(config, checkpoint=None):
-    """A whole run, or the rest of one from `checkpoint`, which newest_checkpoint returned. Returns
-    the number of the signal that stopped it, or 0."""
-    rank, world_size, device = init_processes(config.device)  # by torchrun; else 0 and 1
-    check(config, world_size)
-    catch_signals()  # from now on they are heeded after a step
+    """A whole run, or the rest of one, from a checkpoint that newest_checkpoint returned."""
+    rank, world_size, device = init_processes(config.device)
+    check(config, world_size)  # refuses what cannot work
     master = rank == 0  # the process that speaks and writes
 
-    # The lecture's ladder, a rung per line. In brackets: ms per step of B=16, T=1024 on its A100,
-    # from 1000. Two rungs stand elsewhere: flash attention (96) and fused AdamW (90).
-    torch.set_float32_matmul_precision("high")  # TF32: factors keep 10 of 23 bits (333)
-    config = replace(config, dtype=pick_dtype(config.dtype, device))  # bfloat16 where it can (300)
-    autocast = torch.autocast(device.type, getattr(torch, config.dtype), config.dtype != "float32")
-    raw_model = build_model(config, checkpoint).to(device)  # vocabulary 50304, not 50257 (93)
-    if config.sample_only:
-        return print_samples(raw_model, config, autocast)
-    model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model  # (130)
-    optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
-    scaler = make_scaler(config.dtype, device)  # for float16, which lacks bfloat16's range
-    first_step, evaluated = load_training_state(checkpoint, optimizer, scaler)
-    B = pick_micro_batch_size(config, raw_model, world_size, autocast)
+    # The lecture's ladder, in ms per step of B=16, T=1024 on its A100: 1000 in float32, 333 with
+    # TF32, 300 bfloat16, 130 compiled, 96 flash attention, 93 vocabulary 50304, 90 fused AdamW.
+    torch.set_float32_matmul_precision("high")  # TF32: factors keep 10 of their 23 bits
+    config = replace(config, dtype=pick_dtype(config.dtype, device))
+    half = config.dtype != "float32"
+    autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=half)
+    raw_model = build_model(config, checkpoint).to(device)  # new, loaded or resumed
+    # Compiled: Python runs once, and what stands between matrix products becomes few kernels. The
+    # raw model is for what comes in many shapes, samples and HellaSwag, and for saving.
+    model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
     ddp_model = DDP(model) if world_size > 1 else model  # averages gradients over processes
+    optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
+    # float16 has not float32's range, so the loss is scaled up, as far as it goes. In the other
+    # precisions the scale stays 1, and the scaler only leaves out updates that are not finite.
+    scaler = make_scaler(config.dtype, device)
+    first_step = load_training_state(checkpoint, optimizer, scaler)  # 0 in a new run
 
-    if config.demo:
-        fineweb.build_demo(config.data_dir)
-    share = dict(B=B, rank=rank, world_size=world_size, device=device)
-    share |= dict(n_tokens=raw_model.config.n_tokens)
-    loader = DataLoaderLite(config, "train", **share)
-    val_loader = DataLoaderLite(config, "val", **share) if config.val_every else None
-    items = None  # of HellaSwag
-    if config.hellaswag_every and raw_model.config.vocab_size >= VOCAB_SIZE:
-        items = hellaswag.items_or_none(config.hellaswag_data, raw_model.config.block_size)
-    log = Log(config.out_dir, first_step, evaluated, write=master)
-    save = Saver(config, raw_model, optimizer, scaler, autocast, loader, first_step)
+    B = pick_micro_batch_size(config, raw_model, world_size, autocast)  # as many as fit
+    share = dict(rank=rank, world_size=world_size, device=device, n_ids=raw_model.n_ids())
+    loader = DataLoaderLite(config, "train", B, **share)
+    val_loader = DataLoaderLite(config, "val", B, **share) if config.val_every else None
+    get_batches = read_ahead(loader)  # (inputs, targets) of a step; a thread reads the next one
+    can_sample = raw_model.config.vocab_size >= VOCAB_SIZE
+    items = hellaswag_items(config, raw_model.config) if can_sample else None
+    log = Log(config, first_step, write=master)
+    save = Saver(config, raw_model, optimizer, scaler, autocast, loader, log)
     progress = Progress(config, raw_model, device, world_size)
     announce(config, raw_model, loader, val_loader, checkpoint)
-    left_out, last = 0, True  # updates left out in a row; is there no update to make?
+    catch_signals()
+    stop = False  # has any process received a signal?
 
     def due(every):
-        return every > 0 and (step % every == 0 or last) and step > evaluated
+        return every > 0 and (step % every == 0 or last)
 
-    for step in range(first_step, config.max_steps + 1):  # so many updates have been made
-        last = step == config.max_steps
-        # Once in a while, and after the last update. None of it moves what training draws from.
+    for step in range(first_step, config.max_steps + 1):  # step = updates made so far
+        last = step == config.max_steps  # in this round there is no update any more
+        # Once in a while; none of it touches training's random numbers
+        if master and save.due(step, stop):
+            save(step)
+        if stop:
+            break
         if due(config.val_every):
             val_loss = evaluate(model, val_loader, config.val_tokens, autocast)
             print0(f"step {step}: validation loss {val_loss:.4f}")
@@ -549,42 +572,32 @@ def train(config, checkpoint=None):
                 score = hellaswag.evaluate(raw_model, items, device, rank, world_size)
             print0(f"step {step}: HellaSwag acc_norm {score.acc_norm:.4f} of {score.n} items")
             log.write(step, hella=score.acc_norm)
-        if master and save.due(step, left_out):
-            save(step, evaluated=step)
-        if master and due(config.sample_every):
+        if master and can_sample and due(config.sample_every):
             print_samples(raw_model, config, autocast)
         if last:
             break
 
         # -------------------------------- one training step --------------------------------
-        t0 = time.perf_counter()  # the device is idle: a number was read from it just before
+        t0 = time.perf_counter()
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        batches = loader.batches(0 if config.overfit_one_batch else step)
+        batches = get_batches(0 if config.overfit_one_batch else step)
         loss, norm = training_step(
             ddp_model, batches, optimizer, scaler, autocast, config.grad_clip
         )
-        loss, stop = mean_over_processes(loss, len(received)).tolist()  # stop: by a signal
-        norm = norm.item()  # these two lines wait for the device, nothing before them does
+        loss, stop = mean_over_processes(loss, len(received)).tolist()  # received: signals
+        norm = norm.item()  # the device is done: these two lines have waited for it
         seconds = time.perf_counter() - t0
         # -----------------------------------------------------------------------------------
 
-        left_out = 0 if math.isfinite(norm) else left_out + 1  # by scaler.step()
-        tokens = get_batch_size(step, config)
-        grown = tokens != get_batch_size(step - 1, config)
-        log.write(step, batch=tokens if grown else None, skip=left_out or None)
         log.write(step, train=loss, lr=lr, norm=norm)
-        print0(progress(step, loss, lr, norm, seconds))
-        if left_out == 20:
-            give_up(config, f"20 updates in a row were left out, the last one in step {step}")
-        if stop:
-            if master:
-                save(step + 1, evaluated=step)
-            break
+        print0(
+            f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} "
+            f"| {seconds * 1e3:.1f} ms | {progress(step, norm, seconds)}"
+        )
 
-    farewell(config, raw_model, log, stopped=not last)
-    return 0 if last else (received or [signal.SIGTERM])[0]
+    farewell(config, raw_model, log, stop)
 
 
 # ==============================================================================================
@@ -592,50 +605,24 @@ def train(config, checkpoint=None):
 # faster, the command line.
 # ==============================================================================================
 
-# Processes and devices ------------------------------------------------------------------------
+import ctypes
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import timeit
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 
+import tyro
+from filelock import FileLock, Timeout
+from torch.utils.checkpoint import checkpoint as recompute
 
-def init_processes(device_name="auto"):
-    """(rank, world_size, device), which mean the same with and without torchrun, so that nothing
-    after this has a special case. Under torchrun the processes find each other here."""
-    with fineweb.blame("the processes cannot find each other", "start them with torchrun"):
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        found = [int(os.environ.get(name, "SIZE" in name)) for name in names]  # or 0, 1, 0, 1
-        rank, world_size, local_rank, local_world_size = found
-        device = pick_device(device_name, local_rank)
-        if device.type == "cpu":
-            keep_freed_memory()
-        if "RANK" in os.environ and device.type == "cuda":
-            torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=device)
-        elif "RANK" in os.environ:  # torchrun allows each process one core: share them all
-            torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
-            dist.init_process_group("gloo")
-    return rank, world_size, device
-
-
-def pick_device(name="auto", local_rank=0):
-    """A torch.device by name; auto: cuda, else mps, else cpu. UserError if it is not there."""
-    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = next(device for device in have if have[device]) if name == "auto" else name
-    if not have[name]:
-        raise UserError(f"--device {name}: there is none here; --device auto takes what there is")
-    if name != "cuda":
-        return torch.device(name)
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs")
-    return torch.device(name, local_rank)
-
-
-def pick_dtype(name, device):
-    """The precision of matrix products, by name. auto: bfloat16 where the hardware multiplies it
-    well, else float16 on CUDA, else float32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        can = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if can else "float16"
-    return "bfloat16" if device.type == "cpu" and bfloat16_pays() else "float32"
+# Processes ------------------------------------------------------------------------------------
 
 
 def make_scaler(dtype, device):
@@ -697,14 +684,54 @@ def catch_signals():
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    received.clear()
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # Windows lacks the last two
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, note)
 
 
-# Where a network comes from -------------------------------------------------------------------
+# Data -----------------------------------------------------------------------------------------
+
+
+def read_ahead(loader):
+    """A function of the step that gives its (inputs, targets), a list; meanwhile a thread reads
+    those of the next one."""
+    thread, reading = ThreadPoolExecutor(1), {}
+
+    def read(step):
+        tokens = loader.read_step(step)  # pinned, they travel while the device computes
+        return [t.pin_memory() for t in tokens] if loader.device.type == "cuda" else tokens
+
+    def get_batches(step):
+        now = reading.pop(step, None) or thread.submit(read, step)
+        reading.clear()
+        reading[step + 1] = thread.submit(read, step + 1)
+        return [loader.inputs_and_targets(tokens) for tokens in now.result()]
+
+    return get_batches
+
+
+def count_windows(config, split, n_tokens):
+    """How many windows of seq_len + 1 tokens there are. UserError if there is none."""
+    if n_tokens <= config.seq_len:
+        what = f"{config.data_dir}: its {split} shards hold {n_tokens} tokens, too few for"
+        raise UserError(f"{what} --seq_len {config.seq_len}; give a smaller one, or more text")
+    return (n_tokens - 1) // config.seq_len
+
+
+def refuse_unknown_ids(rows, n_ids, config):
+    if rows.max() >= n_ids:
+        what = f"its shards hold token id {rows.max()}, but the model knows {n_ids} ids"
+        raise UserError(f"{config.data_dir}: {what}; give another --data_dir or --vocab_size")
+
+
+def hellaswag_items(config, gpt_config):
+    """What to score while training; None if that is off, or, said aloud, if it cannot be."""
+    if config.hellaswag_every:
+        return hellaswag.items_or_none(config.hellaswag_data, gpt_config.block_size)
+
+
+# Where a network comes from, and where it goes ------------------------------------------------
 
 
 def build_model(config, checkpoint=None):
@@ -722,35 +749,19 @@ def build_model(config, checkpoint=None):
         given = {name: getattr(config, name) for name in SIZES["gpt2"] if getattr(config, name)}
         shape = SIZES[config.model] | given
         if shape["n_embd"] % shape["n_head"]:
-            raise UserError(
-                "--n_embd {n_embd} is not a multiple of --n_head {n_head}".format(**shape)
-            )
+            text = "--n_embd {n_embd} is not a multiple of --n_head {n_head}; change one of them"
+            raise UserError(text.format(**shape))
         context = config.block_size or max(1024, config.seq_len)
-        shape = GPTConfig(context, config.vocab_size, **shape)
-        blocks = 12 * shape.n_embd**2 * shape.n_layer
-        fineweb.check_memory(
-            4 * (blocks + shape.n_embd * shape.vocab_size), "--n_layer and --n_embd"
-        )
+        c = GPTConfig(context, config.vocab_size, **shape)
+        size = 4 * c.n_embd * (12 * c.n_embd * c.n_layer + c.vocab_size)
+        fineweb.check_memory(size + 20_000 * c.n_layer, "--n_layer, --n_embd")  # and Python's part
         torch.manual_seed(config.seed)  # drawn on the CPU: the same weights on every device
-        model = GPT(shape)
+        model = GPT(c)
     context = model.config.block_size
     if config.seq_len > context and not config.sample_only:
-        raise UserError(f"--seq_len {config.seq_len}: the model's context has {context} tokens")
+        what = f"--seq_len {config.seq_len}: the model's context has {context} tokens"
+        raise UserError(f"{what}; give a smaller one")
     return model
-
-
-def hugging_face_config(c):
-    """transformers' form of a GPTConfig; n_ctx is for llama.cpp."""
-    from transformers import GPT2Config  # half a second, so only where it is needed
-
-    end = VOCAB_SIZE - 1 if c.n_tokens >= VOCAB_SIZE else None  # <|endoftext|>
-    return GPT2Config(
-        **dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.n_tokens),
-        **dict(n_positions=c.block_size, n_ctx=c.block_size),
-        **dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-        **dict(bos_token_id=end, eos_token_id=end, pad_token_id=end),
-        **dict(architectures=["GPT2LMHeadModel"], dtype="float32"),
-    )
 
 
 def load_hugging_face(name_or_dir):
@@ -767,6 +778,31 @@ def load_hugging_face(name_or_dir):
     return hf
 
 
+def save_hugging_face(model, directory):
+    """config.json, model.safetensors without the vocabulary's padding, the tokenizer's files."""
+    from safetensors.torch import save_file
+    from transformers import GPT2Config  # half a second, so only where it is needed
+
+    c, n_ids, directory = model.config, model.n_ids(), Path(directory)
+    end = VOCAB_SIZE - 1 if n_ids >= VOCAB_SIZE else None  # <|endoftext|>
+    config = GPT2Config(
+        **dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=n_ids),
+        **dict(n_positions=c.block_size, n_ctx=c.block_size),  # n_ctx is for llama.cpp
+        **dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+        **dict(bos_token_id=end, eos_token_id=end, pad_token_id=end),
+        **dict(architectures=["GPT2LMHeadModel"], dtype="float32"),
+    )
+    state = {name: transpose_conv1d(name, t) for name, t in model.state_dict().items()}
+    del state["lm_head.weight"]  # tied
+    state["transformer.wte.weight"] = model.transformer.wte.weight[:n_ids]
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    save_file(state, directory / "model.safetensors", {"format": "pt"})  # readable to us alone
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")
+    if n_ids == VOCAB_SIZE:
+        fineweb.save_tokenizer(directory, c.block_size)
+
+
 # Checkpoints and the log ----------------------------------------------------------------------
 
 
@@ -780,23 +816,23 @@ class Saver:
     """Writes checkpoints, whole or not at all, of weights that are known to be good. No random
     state is in them: training draws none, the data order is a function of (seed, step)."""
 
-    def __init__(self, config, model, optimizer, scaler, autocast, loader, first_step):
+    def __init__(self, config, model, optimizer, scaler, autocast, loader, log):
         self.config, self.model, self.optimizer, self.scaler = config, model, optimizer, scaler
-        self.autocast, self.loader = autocast, loader
-        self.step, self.time = first_step, time.monotonic()  # of the last checkpoint
+        self.autocast, self.loader, self.log = autocast, loader, log
+        self.step, self.time = log.first_step, time.monotonic()  # of the last checkpoint
 
-    def due(self, step, left_out):
-        """Every --save_every steps, every --save_minutes, and after the last update; but not while
-        updates are left out. It is one process's clock, and only that process saves."""
+    def due(self, step, stop):
+        """Before a stop, every --save_every steps and --save_minutes, and after the last update;
+        but not while updates are left out. By this process's clock: only it saves."""
         every, minutes = self.config.save_every, self.config.save_minutes
         last = step == self.config.max_steps
         now = every and (step % every == 0 or last)
         now = now or 0 < 60 * minutes < time.monotonic() - self.time
-        return now and step > self.step and (last or not left_out)
+        return step > self.step and (stop or now and (last or not self.log.left_out))
 
-    def __call__(self, step, evaluated):
-        """Write step_NNNNN, the state after `step` updates. evaluated: the last step whose
-        validation and so on are done. Older checkpoints go first, to make room."""
+    def __call__(self, step):
+        """Write step_NNNNN, the state after `step` updates. The oldest others go first, so that
+        there is room."""
         self.try_weights(step)
         out_dir, keep = Path(self.config.out_dir), self.config.keep_checkpoints
         final, temporary = out_dir / f"step_{step:05d}", out_dir / f"tmp_step_{step:05d}"
@@ -807,7 +843,7 @@ class Saver:
             except OSError as error:
                 print0(f"warning: {path} cannot be removed: {error.strerror}")
         state = dict(
-            **dict(step=step, evaluated=evaluated, config=asdict(self.config)),
+            **dict(step=step, config=asdict(self.config)),
             **dict(gpt_config=asdict(self.model.config), model=self.model.state_dict()),
             **dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict()),
             **dict(shards=fineweb.describe_shards(self.config.data_dir), versions=versions()),
@@ -866,8 +902,8 @@ def newest_checkpoint(out_dir):
 
 
 def load_training_state(checkpoint, optimizer, scaler):
-    """Give optimizer and scaler theirs. Returns (updates made, last step whose validation and so
-    on are done). UserError, in all processes, if they do not have the same checkpoint."""
+    """Give optimizer and scaler theirs. Returns the number of updates that were made, 0 without a
+    checkpoint. UserError, in all processes, if they do not have the same one."""
     if dist.is_initialized():
         mine = checkpoint and (Path(checkpoint["path"]).name, checkpoint["checksums"])
         found = [None] * dist.get_world_size()
@@ -876,19 +912,21 @@ def load_training_state(checkpoint, optimizer, scaler):
             names = ", ".join(str(other and other[0]) for other in found)
             raise UserError(f"--resume: --out_dir is not one folder for all; they found {names}")
     if not checkpoint:
-        return 0, -1
+        return 0
     optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["config"]["dtype"] == "float16":
         scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"], checkpoint["evaluated"]
+    return checkpoint["step"]
 
 
 class Log:
     """out_dir/log.txt, one `step stream value` per line, and the lock on that folder. A resumed
-    run first drops the records that it will write again. Without `write` it does nothing."""
+    run first drops the records that it will write again. Without `write` it only counts."""
 
-    def __init__(self, out_dir, first_step, evaluated, write=True):
-        self.path, self.file, self.begun = Path(out_dir) / "log.txt", None, time.monotonic()
+    def __init__(self, config, first_step, write=True):
+        self.config, self.first_step, self.begun = config, first_step, time.monotonic()
+        self.left_out = 0  # updates in a row
+        self.path, self.file = Path(config.out_dir) / "log.txt", None
         if not write:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -896,21 +934,31 @@ class Log:
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{out_dir}: another process trains there; choose another") from None
+            what = f"{config.out_dir}: another process trains there"
+            raise UserError(f"{what}; wait for its end, or give another --out_dir") from None
         lines = self.path.read_text(errors="replace").splitlines(True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n")]  # the last one may be cut short
-        kept = [line for line in kept if not is_repeated(line, first_step, evaluated)]
+        kept = [line for line in kept if (parse_record(line) or [-1])[0] < first_step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(self.path)
         self.file = self.path.open("a", buffering=1)
 
     def write(self, step, **values):
-        """A record for each stream=value; None is no record."""
+        """A record for each stream=value; and with a norm, one if the batch has grown, one if the
+        update was left out because that is not finite. UserError after twenty of those."""
+        if "norm" in values:
+            self.left_out = 0 if math.isfinite(values["norm"]) else self.left_out + 1
+            before, batch = (get_batch_size(s, self.config) for s in (max(0, step - 1), step))
+            if batch != before or (step == 0 and batch != self.config.total_batch_size):
+                values["batch"] = batch
+            if self.left_out:
+                values["skip"] = self.left_out
         with fineweb.blame(f"{self.path} cannot be written", "make room, and go on with --resume"):
-            for stream, value in values.items():
-                if self.file and value is not None:
-                    self.file.write(f"{step} {stream} {value:.12f}\n")
+            for stream, value in values.items() if self.file else []:
+                self.file.write(f"{step} {stream} {value:.12f}\n")
+        if self.left_out == 20:
+            give_up(self.config, f"20 updates in a row were left out, the last one in step {step}")
 
     def close(self):
         if self.file:
@@ -922,12 +970,6 @@ def parse_record(line):
     """(step, stream, value as text), or None if the line is something else."""
     words = line.split()
     return (int(words[0]), *words[1:]) if len(words) == 3 and words[0].isdecimal() else None
-
-
-def is_repeated(line, first_step, evaluated):
-    """Will a run that goes on at first_step, evaluations up to `evaluated` done, write it again?"""
-    step, stream, _ = parse_record(line) or (-1, None, None)
-    return step > evaluated if stream in ("val", "hella") else step >= first_step
 
 
 def read_log(path):
@@ -965,31 +1007,32 @@ def print0(*args):
 
 
 class Progress:
-    """The line after each step, with the time left and, where the GPU is known, MFU: the share of
-    its peak FLOP/s that the model's own arithmetic takes (Chowdhery et al. 2022, section 4.1)."""
+    """The rest of the line after a step: tokens per second, time left and, where the GPU is known,
+    MFU: the share of its peak FLOP/s that the model's own arithmetic takes."""
 
     def __init__(self, config, model, device, world_size):
         self.config, self.typical, self.steps = config, None, 0  # typical: seconds per token
-        self.flops = model.flops_per_token(config.seq_len)
+        self.flops = flops_per_token(model, config.seq_len)
         self.peak = (peak_flops(device) or math.inf) * world_size
 
-    def __call__(self, step, loss, lr, norm, seconds):
+    def __call__(self, step, norm, seconds):
         config, tokens = self.config, get_batch_size(step, self.config)
         self.steps += 1
         if self.steps <= 2:  # the first step compiles and warms up
             self.typical = seconds / tokens
         self.typical = 0.9 * self.typical + 0.1 * seconds / tokens
         left = tokens_before(config.max_steps, config) - tokens_before(step + 1, config)
-        left, rate = timedelta(seconds=int(left * self.typical)), tokens / seconds
-        line = (
-            f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f}"
-        )
-        line += f" | {seconds * 1e3:.1f} ms | {rate:,.0f} tokens/s"
-        if self.peak < math.inf:
-            line += f" | MFU {self.flops * rate / self.peak:.1%}"
-        if not math.isfinite(norm):
-            line += " | update left out: its gradient is not finite"
-        return f"{line} | left {left}"
+        mfu = self.flops * tokens / seconds / self.peak
+        text = f"{tokens / seconds:,.0f} tokens/s" + (f" | MFU {mfu:.1%}" if mfu else "")
+        left_out = "" if math.isfinite(norm) else " | update left out: its gradient is not finite"
+        return f"{text} | left {timedelta(seconds=int(left * self.typical))}{left_out}"
+
+
+def flops_per_token(model, seq_len):
+    """Forward and backward: 6 for each weight that multiplies, and 12·L·C·T for attention
+    (Chowdhery et al. 2022, appendix B). Position embeddings only add."""
+    multiply = model.num_params() - model.transformer.wpe.weight.numel()
+    return 6 * multiply + 12 * model.config.n_layer * model.config.n_embd * seq_len
 
 
 def versions():
@@ -1009,7 +1052,7 @@ def announce(config, model, loader, val_loader, checkpoint):
     device, processes, B, T = loader.device, loader.world_size, loader.B, loader.T
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     compiled, V = "compiled" if config.compile else "not compiled", model.config.vocab_size
-    total, tokens = config.total_batch_size, loader.ends[-1]
+    total, tokens = config.total_batch_size, loader.n_tokens
     accum, epochs = total // (B * T * processes), tokens_before(config.max_steps, config) / tokens
     usual = asdict(DEMO if config.demo else Config())
     given = {name: value for name, value in asdict(config).items() if value != usual[name]}
@@ -1046,29 +1089,15 @@ def announce(config, model, loader, val_loader, checkpoint):
     print0("\n".join(lines))
 
 
-def print_samples(model, config, autocast, rows=4):
-    """Continuations of --prompt, each up to its <|endoftext|>."""
-    if model.config.vocab_size < VOCAB_SIZE:
-        return print0(f"no samples: the model has {model.config.vocab_size} tokens, not GPT-2's")
-    enc = tokenizer()
-    prompt = enc.encode_ordinary(config.prompt) or [enc.eot_token]
-    idx = torch.tensor([prompt] * rows, device=model.lm_head.weight.device)
-    with autocast:
-        idx = model.generate(idx, config.sample_tokens, config.temperature, config.top_k)
-    for new in idx[:, len(prompt) :].tolist():
-        end = new.index(enc.eot_token) if enc.eot_token in new else len(new)
-        print0(">", config.prompt + enc.decode(new[:end]))
-
-
-def farewell(config, model, log, stopped):
+def farewell(config, model, log, stop):
     """Leave the folder to others, and say how to go on."""
     log.close()
     if torch.cuda.is_initialized():
         print0(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB per device")
-    how = "stopped by a signal" if stopped else "done"
+    how = "stopped by a signal" if stop else "done"
     print0(f"{how} after {timedelta(seconds=int(time.monotonic() - log.begun))}; log: {log.path}")
     saved, out_dir = find_checkpoints(config.out_dir), shlex.quote(config.out_dir)
-    if stopped:
+    if stop:
         print0(f"  python train_gpt2.py --resume --out_dir {out_dir}  # goes on")
     elif saved:
         newest = shlex.quote(str(saved[-1][1]))
@@ -1077,7 +1106,9 @@ def farewell(config, model, log, stopped):
             print0(f"  python train_gpt2.py --sample_only --init_from {newest}")
         print0(f"  GPT2_RUN={out_dir} jupyter execute --inplace play.ipynb  # plots the log")
     if dist.is_initialized():
+        dist.barrier()  # torchrun ends all when one has ended: the first may still be saving
         dist.destroy_process_group()
+    received[:] = (received or [signal.SIGTERM]) if stop else []  # it may be another process's
 
 
 # What makes a CPU and sampling faster ---------------------------------------------------------
@@ -1107,8 +1138,8 @@ def plain_attention(q, k, v):
 
 
 class CPUCrossEntropy(torch.autograd.Function):
-    """cross_entropy() of some rows at a time, each with its gradient at once, so that all (N, V)
-    logits, gigabytes, never exist."""
+    """cross_entropy() of some tokens at a time, each with its gradient at once, so that all
+    (B, T, V) logits, gigabytes, never exist."""
 
     ROWS = 512
 
@@ -1117,8 +1148,8 @@ class CPUCrossEntropy(torch.autograd.Function):
         half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         w = weight.detach().to(half).requires_grad_(ctx.needs_input_grad[1])
         d_x, d_weight, total = torch.zeros_like(x), torch.zeros_like(weight), 0.0
-        split = (t.split(CPUCrossEntropy.ROWS) for t in (x, d_x, targets))
-        for part, d_part, wanted in zip(*split):
+        flat = x.flatten(0, 1), d_x.view(-1, x.size(-1)), targets.flatten()
+        for part, d_part, wanted in zip(*(t.split(CPUCrossEntropy.ROWS) for t in flat)):
             part = part.detach().to(half).requires_grad_(w.requires_grad)
             with torch.set_grad_enabled(w.requires_grad):
                 logits = F.linear(part, w).float()  # (ROWS, V)
@@ -1138,12 +1169,15 @@ class CPUCrossEntropy(torch.autograd.Function):
         return d_x.mul_(d_loss / ctx.n), d_weight.mul_(d_loss / ctx.n), None
 
 
-def keep_freed_memory():
+def use_cpu_well():
     """Have glibc keep what is freed, instead of returning each large tensor to the system and
-    fetching its pages anew in the next step."""
+    fetching its pages anew in the next step. And share all cores between torchrun's processes: it
+    allows each of them one."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap, too
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if local := int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
+        torch.set_num_threads(max(1, os.cpu_count() // local))
 
 
 def bfloat16_pays():
@@ -1161,8 +1195,8 @@ def bfloat16_pays():
 
 
 class CachedDecoder:
-    """model(idx)[:, -1], the logits (B, V) of the next token, for ids (B, T) that grow by a token
-    per call: keeps the keys and values of each block, so that only what is new is computed."""
+    """model.next_logits for ids (B, T) that grow by a token per call: keeps the keys and values of
+    each block, so that only what is new is computed."""
 
     def __init__(self, model):
         self.model, self.read = model, 0  # tokens read so far
@@ -1170,7 +1204,7 @@ class CachedDecoder:
 
     def __call__(self, idx):
         if idx.size(1) <= self.read:  # the context is full and slides: every position changes
-            return self.model(idx)[:, -1]
+            return self.model.next_logits(idx)
         t = self.model.transformer
         positions = torch.arange(self.read, idx.size(1), device=idx.device)
         x = t.wte(idx[:, self.read :]) + t.wpe(positions)  # (B, new, C)
@@ -1270,6 +1304,17 @@ def check(config, world_size):
         raise UserError(f"--total_batch_size {config.total_batch_size} {why}")
 
 
+def sample(config, checkpoint):
+    """--sample_only."""
+    check(config, 1)
+    device = pick_device(config.device)
+    dtype = getattr(torch, pick_dtype(config.dtype, device))
+    model = build_model(config, checkpoint).to(device)
+    if model.config.vocab_size < VOCAB_SIZE:
+        raise UserError("--sample_only: the model has not GPT-2's tokens; give another --init_from")
+    print_samples(model, config, torch.autocast(device.type, dtype, dtype != torch.float32))
+
+
 def explain(error):
     """What the user can do about an error that their files, memory or machine caused, in one
     sentence; None for a fault of this program, which deserves a traceback."""
@@ -1293,20 +1338,25 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what a terminal cannot show is replaced
             stream.reconfigure(errors="replace")
-    stopped = 0
+    received.clear()
     try:
         config, checkpoint = parse(sys.argv[1:] if argv is None else argv)
-        stopped = train(config, checkpoint)
+        if config.sample_only:
+            sample(config, checkpoint)
+        else:
+            if config.demo:
+                fineweb.build_demo(config.data_dir)
+            train(config, checkpoint)
     except KeyboardInterrupt:
-        stopped = signal.SIGINT
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if (sentence := explain(error)) is None:
             raise
         if int(os.environ.get("RANK", 0)):  # the first process speaks, and torchrun then sends
             time.sleep(3)  # a signal here; what only this process knows, it says
         sys.exit(1 if received else f"train_gpt2.py: {sentence}")
-    if stopped:  # as shells have it
-        sys.exit(128 + stopped)
+    if received:  # as shells have it
+        sys.exit(128 + received[0])
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from train_gpt2 import (
     GPTConfig,
     evaluate,
     make_scaler,
+    read_ahead,
     training_step,
     transpose_conv1d,
 )
@@ -48,7 +49,7 @@ def global_batch(config, step, B, world_size=1):
     """The windows of a global batch in the order of their positions, put together from all ranks:
     (sequences, T + 1)."""
     loaders = [DataLoaderLite(config, "train", B, rank, world_size) for rank in range(world_size)]
-    micro_steps = zip(*(loader.batches(step) for loader in loaders))
+    micro_steps = zip(*(read_ahead(loader)(step) for loader in loaders))
     parts = [torch.cat([x, y[:, -1:]], 1) for ranks in micro_steps for x, y in ranks]
     return torch.cat(parts)
 

@@ -1,4 +1,4 @@
-"""The loader: shards of every name and form, and what it refuses. test_1 and test_4 have the rest."""
+"""The loader: shards of every name and form, what it refuses. test_1 and test_4 have the rest."""
 
 import time
 
@@ -8,7 +8,7 @@ import torch
 
 import fineweb
 from fineweb import UserError
-from train_gpt2 import Config, DataLoaderLite
+from train_gpt2 import Config, DataLoaderLite, read_ahead
 
 
 def numbered(folder, *lengths, form="npy", name="numbered_train_{:06d}"):
@@ -36,13 +36,13 @@ def test_order_on_disk_across_shards(tmp_path, form):
     folder = numbered(tmp_path / "d", 37, 5, 70, 1, form=form)  # 14 windows of 8 + 1, and a token
     unshuffled = loader(folder, 2, 8, 32, shuffle=False)
     for step in range(9):
-        batch = [t for x, y in unshuffled.batches(step) for t in torch.cat([x, y[:, -1:]], 1)]
+        batch = [t for x, y in read_ahead(unshuffled)(step) for t in torch.cat([x, y[:, -1:]], 1)]
         windows = [(step * 4 + i) % 14 for i in range(4)]  # a fifteenth would lack its last target
         assert [t.tolist() for t in batch] == [list(range(8 * w, 8 * w + 9)) for w in windows]
 
 
 def test_targets_are_the_next_tokens(tmp_path):
-    for x, y in loader(numbered(tmp_path / "d", 1000), 2, 8, 32).batches(0):
+    for x, y in read_ahead(loader(numbered(tmp_path / "d", 1000), 2, 8, 32))(0):
         assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (2, 8)
         assert torch.equal(y, x + 1)
 
@@ -56,14 +56,19 @@ def test_another_seed_is_another_order(tmp_path):
 
 def test_the_next_step_is_read_meanwhile(tmp_path, monkeypatch):
     read, done = DataLoaderLite.read_step, []
-    slow = lambda self, step: (time.sleep(0.2), done.append(step), read(self, step))[2]  # noqa: E731
+
+    def slow(self, step):
+        time.sleep(0.2)
+        done.append(step)
+        return read(self, step)
+
     monkeypatch.setattr(DataLoaderLite, "read_step", slow)
-    batches = loader(numbered(tmp_path / "d", 1000), 2, 8, 32)
-    batches.batches(3)
+    get_batches = read_ahead(loader(numbered(tmp_path / "d", 1000), 2, 8, 32))
+    get_batches(3)
     time.sleep(0.5)
     assert done == [3, 4]
     began = time.perf_counter()
-    batches.batches(4)
+    get_batches(4)
     assert time.perf_counter() - began < 0.1 and done == [3, 4]
 
 
@@ -76,7 +81,7 @@ def test_broken_input_is_one_sentence(tmp_path):
     flags = dict(seq_len=8, total_batch_size=8, shuffle=False)
     config = Config(data_dir=str(numbered(tmp_path / "e", 500)), **flags)
     with pytest.raises(UserError, match="knows 100 ids"):
-        DataLoaderLite(config, "train", 1, n_tokens=100).batches(50)
+        DataLoaderLite(config, "train", 1, n_ids=100).read_step(50)
     (tmp_path / "e/manifest.json").write_text("{}")
     with pytest.raises(UserError, match="manifest.json is no manifest"):
         loader(tmp_path / "e", 1, 8, 8)

@@ -34,7 +34,7 @@ WRONG = [
     ("--sample_only", "--sample_only needs weights"),
     ("--n_head 5", "--n_embd 32 is not a multiple of --n_head 5"),
     ("--seq_len 64 --block_size 32", "--seq_len 64: the model's context has 32 tokens"),
-    ("--n_layer 1000000000", "--n_layer and --n_embd: weights of"),
+    ("--n_layer 1000000000", "--n_layer, --n_embd: weights of"),
 ]
 
 

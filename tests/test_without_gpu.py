@@ -123,7 +123,9 @@ def collectives(rank, out_dir, shards, monkeypatch, mine=None, theirs=None, **fl
             for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                 patch.setenv(key, "8")
             store = dict(rank=rank, world_size=8, store=FakeStore())
-            patch.setattr(dist, "init_process_group", lambda **kw: real_init("fake", **store))
+            patch.setattr(
+                dist, "init_process_group", lambda *args, **kw: real_init("fake", **store)
+            )
             for name in ("all_reduce", "broadcast", "barrier"):
                 patch.setattr(dist, name, recorded(name, getattr(dist, name)))
             patch.setattr(dist, "all_gather_object", gather)
