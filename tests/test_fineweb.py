@@ -371,6 +371,7 @@ def test_crash_at_every_step_of_writing(source, tmp_path, monkeypatch):
     assert crash > 3 * len(expected)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("workers", "times"), [(0, 17), (2, 3)])
 def test_kill_at_random_points(tmp_path, workers, times):
     """kill -9 at twenty moments, then the same command: the same bytes in the end."""
@@ -986,9 +987,8 @@ def test_a_manifest_that_is_none(made, text, why):
 def test_open_shards(made):
     for split, expected in [("val", tokens_of(made)[:1]), ("train", tokens_of(made)[1:])]:
         shards = open_shards(made, split)
-        assert list(shards) == [path.name for path in list_shards(made, split)]
-        assert [ids.tolist() for ids in shards.values()] == expected
-        for ids in shards.values():
+        assert [ids.tolist() for ids in shards] == expected
+        for ids in shards:
             assert type(ids) is np.ndarray and isinstance(ids.base, np.memmap)
             assert ids.dtype == np.uint16 and not ids.flags.writeable
     last = made / "text_train_000018.npy"

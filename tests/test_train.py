@@ -298,8 +298,10 @@ def test_a_missing_hellaswag_file_is_one_warning(shards, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_follows_float32(base, tmp_path, dtype):
     shards, out, _ = base
-    done = train(shards, tmp_path / "out", "--dtype", dtype)
+    steps = 8 if dtype == "bfloat16" else 3  # float16 is slow here
+    done = train(shards, tmp_path / "out", "--dtype", dtype, "--max_steps", steps)
     ours, theirs = log_of(tmp_path / "out")["train"], log_of(out)["train"]
+    theirs = {step: loss for step, loss in theirs.items() if step < steps}
     left_out = done.stdout.count("update left out")
     assert left_out == 0 or dtype == "float16"  # its scale starts high and backs off
     assert ours != theirs
