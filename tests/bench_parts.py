@@ -16,6 +16,7 @@ import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args
 from unittest.mock import patch
 
@@ -25,8 +26,9 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import hellaswag  # noqa: E402
 from bench_hellaswag import FILES, heading, timed  # noqa: E402
+
+import hellaswag  # noqa: E402
 from fineweb import VOCAB_SIZE  # noqa: E402
 from train_gpt2 import (  # noqa: E402
     GPT,
@@ -35,11 +37,12 @@ from train_gpt2 import (  # noqa: E402
     GPTConfig,
     Saver,
     evaluate,
-    keep_freed_memory,
     make_scaler,
     pick_device,
     pick_dtype,
+    read_ahead,
     training_step,
+    use_cpu_well,
 )
 
 Part = Literal["loader", "permutation", "sampling", "evaluation", "checkpoint"]
@@ -185,8 +188,10 @@ def bench_checkpoint(setup, options):
     loader = DataLoaderLite(config, "train", 1, device=setup.device)
     optimizer = model.configure_optimizers(0.1, 6e-4)
     scaler = make_scaler(setup.dtype, setup.device)
-    training_step(model, loader.batches(0), optimizer, scaler, setup.autocast, 1.0)
-    save = Saver(config, model, optimizer, scaler, setup.autocast, loader, 0)
+    training_step(model, read_ahead(loader)(0), optimizer, scaler, setup.autocast, 1.0)
+    save = Saver(
+        config, model, optimizer, scaler, setup.autocast, loader, SimpleNamespace(first_step=0)
+    )
     seconds = {"all": [], "training_state.pt": [], "the other files": []}
 
     def noted(name, work):
@@ -200,7 +205,7 @@ def bench_checkpoint(setup, options):
     state = patch.object(torch, "save", noted("training_state.pt", torch.save))
     with weights, state, redirect_stdout(io.StringIO()):
         for step in range(1, 5):
-            noted("all", save)(step, step)
+            noted("all", save)(step)
     seconds = {name: times[1:] for name, times in seconds.items()}
     sizes = {path.name: path.stat().st_size for path in (out / "step_00004").iterdir()}
     figure = f"{spread(seconds['all'])}, {sum(sizes.values()) / 1e6:,.1f} MB"
@@ -215,7 +220,7 @@ def main():
     options = tyro.cli(Options, description=__doc__)
     device = pick_device()
     if device.type == "cpu":
-        keep_freed_memory()
+        use_cpu_well()
     dtype = pick_dtype("auto", device)
     autocast = torch.autocast(device.type, getattr(torch, dtype), dtype != "float32")
     print(f"{heading(device)}. GPT-2 (124M), random weights, {dtype}.\n")

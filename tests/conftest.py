@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,13 @@ def train(shards, out, *args, batch=4, processes=1, alone=False, check=True, env
     return run_here(*args, check=check)
 
 
+def refused(done, sentence):
+    """A run ended with one sentence on stderr, and no traceback."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and len(lines) == 1, done.stdout + done.stderr
+    assert sentence in lines[0] and lines[0].startswith("train_gpt2.py: "), lines[0]
+
+
 def log_of(out_dir):
     """{stream: {step: value}} of a run."""
     streams = {}
@@ -127,3 +135,40 @@ def base_of_two(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("base_of_two") / "out"
     train(base[0], out, "--save_every", 4, processes=2)
     return out
+
+
+# Runs that something happens to
+
+TINY_RUN = "--n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --block_size 64".split()
+TINY_RUN += "--dtype float32 --device cpu --hellaswag_every 0 --sample_every 0".split()
+TINY_RUN += [*STEPS, "--micro_batch_size", 4]
+FAULTS = pytest.mark.faults
+
+
+def start(*args, processes=1, stderr=subprocess.STDOUT):
+    """A run that goes on while the test does something to it."""
+    options = dict(text=True, start_new_session=True, env=os.environ | ENVIRONMENT)
+    line = command("train_gpt2.py", *args, processes=processes)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=stderr, **options)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+SURVIVED = []  # rows of a table that ends the output
+
+
+def survived(fault, tries, lost):
+    """Note that a fault was survived, so many times, after all assertions about it."""
+    SURVIVED.append(f"| {fault} | {tries} | {tries} | {lost} |")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if SURVIVED:
+        rows = ["| fault | tries | survived | lost |", "|---|---|---|---|", *SURVIVED]
+        terminalreporter.section("faults")
+        terminalreporter.write("\n".join(rows) + "\n")

@@ -11,13 +11,28 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, STEPS, command, log_of, run, run_here, train, write_shards
+from conftest import (
+    ENVIRONMENT,
+    FAULTS,
+    ROOT,
+    TINY_RUN,
+    command,
+    log_of,
+    refused,
+    run,
+    run_here,
+    start,
+    survived,
+    train,
+    wait_for,
+    write_shards,
+)
 from safetensors.torch import load_file, save_file
 from test_invariants import random_hugging_face
-from test_mistakes import refused
 from transformers import GPT2LMHeadModel
 
 import train_gpt2
@@ -27,38 +42,6 @@ from train_gpt2 import GPT, find_checkpoints, make_scaler, newest_checkpoint, tr
 CPU = torch.device("cpu")
 
 # -- T1: nothing non-finite is applied, nothing bad is saved
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_an_update_with_a_bad_gradient_is_left_out(tiny, dtype, bad):
-    """Weights, moments and AdamW's count of steps stay; the next update is as if none had been."""
-    import copy
-
-    t = torch.randint(50257, (2, 17), generator=torch.Generator().manual_seed(0))
-    batches = [(t[:, :-1], t[:, 1:])]
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    weights = []
-    for disturbed in (False, True):
-        model = copy.deepcopy(tiny)
-        optimizer, scaler = model.configure_optimizers(0.1, 1e-3), make_scaler(dtype, CPU)
-        training_step(model, batches, optimizer, scaler, autocast, 1.0)
-        if disturbed:
-            state = copy.deepcopy(optimizer.state_dict()["state"])
-            before = [p.detach().clone() for p in model.parameters()]
-            ln_f = model.transformer.ln_f.bias
-            hook = ln_f.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), bad))
-            for clip in (1.0, 0):
-                loss, norm = training_step(model, batches, optimizer, scaler, autocast, clip)
-                assert loss.isfinite() and not norm.isfinite()
-            hook.remove()
-            assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
-            for i, moments in optimizer.state_dict()["state"].items():
-                assert all(torch.equal(moments[k], state[i][k]) for k in moments)
-        training_step(model, batches, optimizer, scaler, autocast, 1.0)
-        assert dtype == "float16" or scaler.get_scale() == 1
-        weights.append([p.detach() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,38 +60,6 @@ def test_the_scaler_that_is_always_on_changes_no_bit(tiny, dtype):
             results += training_step(model, batches, optimizer, scaler, autocast, 1.0)
         found.append([*results, *model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found))
-
-
-def test_updates_left_out_are_recorded_and_twenty_end_the_run(base, tmp_path, monkeypatch):
-    """From step 5 on every gradient is NaN, but that of step 7: nothing is saved meanwhile."""
-    shards, _, _ = base
-    plain, step = train_gpt2.training_step, iter(range(1000))
-
-    def poisoned(model, batches, optimizer, *args):
-        now = next(step)
-        ln_f = model.transformer.ln_f.bias
-        bad = now >= 5 and now != 7
-        hook = ln_f.register_hook(lambda grad: grad * float("nan") if bad else grad)
-        try:
-            return plain(model, batches, optimizer, *args)
-        finally:
-            hook.remove()
-
-    monkeypatch.setattr(train_gpt2, "training_step", poisoned)
-    flags = ["--max_steps", 40, "--save_every", 1, "--keep_checkpoints", 0]
-    done = train(shards, tmp_path / "out", *flags, check=False)
-    saved = [step for step, _ in find_checkpoints(tmp_path / "out")]
-    assert saved == [1, 2, 3, 4, 5, 8]
-    refused(done, "20 updates in a row were left out, the last one in step 27")
-    assert f"--resume goes on from {tmp_path}/out/step_00008" in done.stderr
-    log = log_of(tmp_path / "out")
-    assert log["skip"] == {5: 1, 6: 2} | {8 + i: i + 1 for i in range(20)}
-    assert list(log["train"]) == list(range(28))
-    assert done.stdout.count("update left out") == 21  # the last is in the sentence
-    for _, path in find_checkpoints(tmp_path / "out"):
-        state = torch.load(path / "training_state.pt", weights_only=True)
-        moments = [m for s in state["optimizer"]["state"].values() for m in s.values()]
-        assert all(t.isfinite().all() for t in (*state["model"].values(), *moments))
 
 
 def test_weights_that_have_gone_astray_are_not_saved(shards, tmp_path):
@@ -172,46 +123,7 @@ def test_masks_in_old_files_are_ignored(tmp_path):
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-# -- T4: one process at a time writes to a run's folder
-
-
-def start(*args, processes=1, stderr=subprocess.STDOUT):
-    """A run that goes on while the test does something to it."""
-    options = dict(text=True, start_new_session=True, env=os.environ | ENVIRONMENT)
-    line = command("train_gpt2.py", *args, processes=processes)
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=stderr, **options)
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
-def test_a_second_trainer_in_the_folder_is_refused(base, tmp_path):
-    shards, _, _ = base
-    out = tmp_path / "out"
-    flags = [*TINY_RUN, "--data_dir", shards, "--out_dir", out, "--max_steps", 100000]
-    first = start(*flags)
-    try:
-        wait_for(lambda: (out / "log.txt").exists() and (out / "log.txt").stat().st_size)
-        before = (out / "log.txt").read_bytes()
-        for more in ([], ["--resume"]):
-            done = train(shards, out, "--seed", 7, *more, check=False)
-            refused(done, "another process trains there" if more else "holds a run")
-        assert (out / "log.txt").read_bytes().startswith(before) and first.poll() is None
-    finally:
-        first.kill()
-        first.communicate()
-    train(shards, out, "--resume", "--max_steps", 1, "--seed", 7)  # the lock went with it
-
-
 # -- T5, T16: output and signals
-
-TINY_RUN = "--n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --block_size 64".split()
-TINY_RUN += "--dtype float32 --device cpu --hellaswag_every 0 --sample_every 0".split()
-TINY_RUN += [*STEPS, "--micro_batch_size", 4]
 
 
 def test_what_a_terminal_cannot_show_is_replaced(base, tmp_path):
@@ -228,35 +140,6 @@ def test_a_closed_pipe_ends_quietly_after_a_checkpoint(base, tmp_path):
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(60) == 128 + signal.SIGPIPE
     assert len(find_checkpoints(out)) == 1
-
-
-FAULTS = pytest.mark.faults
-SIGNALS = [("SIGTERM", 1), pytest.param("SIGTERM", 2, marks=FAULTS)]
-SIGNALS += [pytest.param(name, 1, marks=FAULTS) for name in ("SIGINT", "SIGUSR1", "SIGHUP")]
-
-
-@pytest.mark.parametrize("name, processes", SIGNALS)
-def test_a_signal_finishes_the_step_and_saves(base, tmp_path, name, processes):
-    """128 + the signal; then --resume ends with the log and weights of the undisturbed run."""
-    shards, _, _ = base
-    out, whole, number = tmp_path / "out", tmp_path / "whole", getattr(signal, name)
-    flags = [*TINY_RUN, "--data_dir", shards, "--save_every", 0, "--max_steps", 30]
-    flags += ["--val_every", 3, "--out_dir"]
-    process = start(*flags, out, processes=processes)
-    wait_for(lambda: (out / "log.txt").exists() and len((out / "log.txt").read_text()) > 400)
-    process.send_signal(number)
-    screen, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number or processes == 2 and process.returncode, screen
-    ((step, path),) = find_checkpoints(out)
-    assert 0 < step < 30 and f"step {step}: saved {path}" in screen and "--resume" in screen
-    again = ["--resume", "--out_dir", out]
-    if processes == 1:
-        run_here(*again)
-        run_here(*flags, whole)
-    else:
-        run("train_gpt2.py", *again, processes=2)
-        run("train_gpt2.py", *flags, whole, processes=2)
-    assert (out / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):
@@ -473,47 +356,48 @@ def test_a_checkpoint_says_where_it_comes_from(base):
 # -- processes that come and go
 
 
+KILLS = {  # when, how often, and where the run is then
+    "amid a save": (3, lambda out, log: any(out.glob("tmp_step_*"))),
+    "before the first checkpoint": (2, lambda out, log: "1 norm" in log),
+    "in validation": (2, lambda out, log: f"\n{random.choice([4, 14, 24])} norm" in log),
+    "at a random moment": (5, lambda out, log: log and not time.sleep(random.uniform(0, 0.8))),
+}
+
+
 @FAULTS
-def test_kill_9_at_twelve_moments(base, tmp_path):
-    """Random ones, amid a save, before the first checkpoint, in validation: --resume ends with the
-    log and weights of the undisturbed run, to the byte."""
-    shards, _, _ = base
-    flags = [*TINY_RUN, "--data_dir", shards, "--max_steps", 40, "--save_every", 5]
-    flags += ["--val_every", 5, "--val_tokens", 1500, "--keep_checkpoints", 1]
-    whole = tmp_path / "whole"
-    run("train_gpt2.py", *flags, "--out_dir", whole)
-    random.seed(0)
-    moments = ["save", "save", "save", "start", "start", "val", "val", *["random"] * 5]
-    table = []
-    for i, moment in enumerate(moments):
-        out, killed = tmp_path / str(i), 0
+@pytest.mark.parametrize("when", KILLS)
+def test_kill_9(killed, tmp_path, when):
+    """--resume ends with the log and weights of the undisturbed run, to the byte."""
+    flags, whole = killed
+    tries, is_there = KILLS[when]
+    again = []  # updates that had to be made again
+    for i in range(tries):
+        out = tmp_path / str(i)
+        log = out / "log.txt"
         process = start(*flags, "--out_dir", out)
-        if moment == "save":
-            wait_for(lambda: any(out.glob("tmp_step_*")) or process.poll() is not None)
-        elif moment == "start":
-            wait_for(lambda: (out / "log.txt").exists())
-        elif moment == "val":
-            wanted = random.choice([10, 20, 30])
-            wait_for(lambda: (out / "log.txt").exists())
-            wait_for(lambda: f"\n{wanted - 1} norm" in (out / "log.txt").read_text())
-        else:
-            wait_for(lambda: (out / "log.txt").exists())
-            time.sleep(random.uniform(0.05, 1.2))
+        wait_for(lambda: log.exists() and is_there(out, log.read_text()))
         process.kill()
         process.communicate()
-        killed = process.returncode == -signal.SIGKILL
-        had = [step for step, _ in find_checkpoints(out)]
-        again = flags if not had else []
-        run("train_gpt2.py", *again, "--resume", "--out_dir", out)
-        same = (out / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
-        name = "step_00040/model.safetensors"
-        equal = (out / name).read_bytes() == (whole / name).read_bytes()
-        leftovers = list(out.glob("tmp_*"))
-        table.append((moment, killed, had, same, equal, leftovers))
-    assert all(
-        killed and same and equal and not left for _, killed, _, same, equal, left in table
-    ), table
-    print(*table, sep="\n")
+        assert process.returncode == -signal.SIGKILL, "it had ended already"
+        saved = [0, *(step for step, _ in find_checkpoints(out))]
+        again.append(len(log_of(out).get("norm", [])) - saved[-1])
+        run_here(*(flags if saved == [0] else []), "--resume", "--out_dir", out)
+        for name in ("log.txt", "step_00040/model.safetensors"):
+            assert (out / name).read_bytes() == (whole / name).read_bytes()
+        assert not list(out.glob("tmp_*"))
+    lost = f"nothing; {min(again)} to {max(again)} updates made again, --save_every 10"
+    survived(f"kill -9 {when}", tries, lost)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """(flags, out_dir) of the run that is to be killed, undisturbed."""
+    folder = tmp_path_factory.mktemp("killed")
+    flags = [*TINY_RUN, "--data_dir", write_shards(folder / "shards"), "--max_steps", 40]
+    flags += ["--save_every", 10, "--val_every", 5, "--val_tokens", 1500, "--keep_checkpoints", 1]
+    random.seed(0)
+    run_here(*flags, "--out_dir", folder / "out")
+    return flags, folder / "out"
 
 
 @FAULTS
@@ -529,6 +413,7 @@ def test_world_1_2_1_with_other_micro_batches(base, tmp_path):
     run("train_gpt2.py", *flags, "--micro_batch_size", 8)
     for stream in ("train", "norm", "val"):
         assert log_of(out)[stream] == pytest.approx(log_of(whole)[stream], abs=1e-4)
+    survived("1, then 2, then 1 process, other micro-batches", 1, "nothing (1e-4)")
 
 
 def agents(*args, nodes=2):
@@ -547,27 +432,32 @@ def agents(*args, nodes=2):
 @FAULTS
 def test_two_nodes_for_real(base, tmp_path):
     """Two agents, one shared folder: the losses of one process. One agent is killed with what it
-    started; the job, started again by hand with --resume, ends as the one that was left alone."""
-    shards, whole, _ = base
-    flags = [*TINY_RUN, "--data_dir", shards, "--save_every", 4]
-    found = []
-    for node in agents(*flags, "--out_dir", tmp_path / "out"):
-        found.append(node.communicate(timeout=120)[0])
-        assert node.returncode == 0, found
+    started; the job, started again by hand with --resume, ends with the bits of the other one."""
+    flags = [*TINY_RUN, "--data_dir", base[0], "--max_steps", 40, "--save_every", 4]
+    flags += ["--keep_checkpoints", 0, "--out_dir"]
+    run_here(*flags, tmp_path / "one")
+    for node in agents(*flags, tmp_path / "two"):
+        screen, _ = node.communicate(timeout=120)
+        assert node.returncode == 0, screen
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     for stream in ("train", "norm", "val"):
-        ours, theirs = log_of(tmp_path / "out")[stream], log_of(whole)[stream]
-        assert ours == pytest.approx(theirs, abs=1e-4)
+        assert two[stream] == pytest.approx(one[stream], abs=1e-4)
     out = tmp_path / "killed"
-    flags += ["--out_dir", out]
-    nodes = agents(*flags, "--max_steps", 4000)
+    first, other = agents(*flags, out)
     wait_for(lambda: (out / "step_00004").exists())
-    for node in nodes:  # the first one dies, the others follow or are made to
-        os.killpg(node.pid, signal.SIGKILL)
-        node.communicate()
-    for step, path in find_checkpoints(out):
-        if step > 4:
-            shutil.rmtree(path)
-    if not (out / "step_00004").exists():
-        pytest.skip("too fast: step_00004 was pruned before the kill")
-    for node in agents("--resume", "--out_dir", out, "--max_steps", 8):
-        assert node.wait(120) == 0, node.stdout.read()
+    workers = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
+    for pid in [*map(int, workers), other.pid]:
+        os.kill(pid, signal.SIGKILL)
+    other.communicate()
+    first.send_signal(signal.SIGTERM)  # torchrun would wait minutes for the lost one
+    first.communicate(timeout=120)
+    saved = [step for step, _ in find_checkpoints(out)]
+    assert saved[-1] < 40 and first.returncode
+    for node in agents("--resume", "--out_dir", out):
+        screen, _ = node.communicate(timeout=120)
+        assert node.returncode == 0, screen
+    for name in ("log.txt", "step_00040/model.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    survived(
+        "two nodes, one killed, both started again", 1, f"nothing; it went on from step {saved[-1]}"
+    )

@@ -12,19 +12,38 @@
 7. Sampling never yields an id of 50257 or more, and equals itself without the cache.
 8. Compilation is bounded: training and validation are compiled, two graphs in the first step and
    none after it; sampling and HellaSwag run the raw model.
+9. Nothing that is not finite is applied or published: an update with a NaN or an infinity in its
+   gradient is left out, in every precision; no checkpoint holds one.
+10. A stop costs at most the step in flight: a signal finishes the step, saves, and exits with 128 +
+    the signal; one process at a time writes to a run's folder. (kill -9: see test_faults.py.)
 """
 
+import copy
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import log_of, run, run_here, train, write_shards
+from conftest import (
+    FAULTS,
+    TINY_RUN,
+    log_of,
+    refused,
+    run,
+    run_here,
+    start,
+    survived,
+    train,
+    wait_for,
+    write_shards,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
+import train_gpt2
 from fineweb import VOCAB_SIZE
 from train_gpt2 import (
     GPT,
@@ -32,6 +51,7 @@ from train_gpt2 import (
     DataLoaderLite,
     GPTConfig,
     evaluate,
+    find_checkpoints,
     make_scaler,
     read_ahead,
     training_step,
@@ -287,3 +307,119 @@ def test_8_two_graphs_are_made_in_the_first_step_and_none_later(monkeypatch):
         training_step(model, [batch(), batch()], optimizer, scaler, autocast, 1.0)
         made.append(counter.frame_count)
     assert made == [2, 2, 2] and not torch._dynamo.utils.counters["graph_break"]
+
+
+# 9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_9_an_update_with_a_bad_gradient_is_left_out(tiny, dtype, bad):
+    """Weights, moments and AdamW's count of steps stay; the next update is as if none had been."""
+    t = torch.randint(50257, (2, 17), generator=torch.Generator().manual_seed(0))
+    batches = [(t[:, :-1], t[:, 1:])]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    weights = []
+    for disturbed in (False, True):
+        model = copy.deepcopy(tiny)
+        optimizer, scaler = model.configure_optimizers(0.1, 1e-3), make_scaler(dtype, CPU)
+        training_step(model, batches, optimizer, scaler, autocast, 1.0)
+        if disturbed:
+            state = copy.deepcopy(optimizer.state_dict()["state"])
+            before = [p.detach().clone() for p in model.parameters()]
+            ln_f = model.transformer.ln_f.bias
+            hook = ln_f.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), bad))
+            for clip in (1.0, 0):
+                loss, norm = training_step(model, batches, optimizer, scaler, autocast, clip)
+                assert loss.isfinite() and not norm.isfinite()
+            hook.remove()
+            assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+            for i, moments in optimizer.state_dict()["state"].items():
+                assert all(torch.equal(moments[k], state[i][k]) for k in moments)
+        training_step(model, batches, optimizer, scaler, autocast, 1.0)
+        assert dtype == "float16" or scaler.get_scale() == 1
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+
+
+def test_9_updates_left_out_are_recorded_and_twenty_end_the_run(base, tmp_path, monkeypatch):
+    """From step 5 on every gradient is NaN, but that of step 7: nothing is saved meanwhile."""
+    shards, _, _ = base
+    plain, step = train_gpt2.training_step, iter(range(1000))
+
+    def poisoned(model, batches, optimizer, *args):
+        now = next(step)
+        ln_f = model.transformer.ln_f.bias
+        bad = now >= 5 and now != 7
+        hook = ln_f.register_hook(lambda grad: grad * float("nan") if bad else grad)
+        try:
+            return plain(model, batches, optimizer, *args)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(train_gpt2, "training_step", poisoned)
+    flags = ["--max_steps", 40, "--save_every", 1, "--keep_checkpoints", 0]
+    done = train(shards, tmp_path / "out", *flags, check=False)
+    saved = [step for step, _ in find_checkpoints(tmp_path / "out")]
+    assert saved == [1, 2, 3, 4, 5, 8]
+    refused(done, "20 updates in a row were left out, the last one in step 27")
+    assert f"--resume goes on from {tmp_path}/out/step_00008" in done.stderr
+    log = log_of(tmp_path / "out")
+    assert log["skip"] == {5: 1, 6: 2} | {8 + i: i + 1 for i in range(20)}
+    assert list(log["train"]) == list(range(28))
+    assert done.stdout.count("update left out") == 21  # the last is in the sentence
+    for _, path in find_checkpoints(tmp_path / "out"):
+        state = torch.load(path / "training_state.pt", weights_only=True)
+        moments = [m for s in state["optimizer"]["state"].values() for m in s.values()]
+        assert all(t.isfinite().all() for t in (*state["model"].values(), *moments))
+
+
+# 10
+
+
+SIGNALS = [("SIGTERM", 1), pytest.param("SIGTERM", 2, marks=FAULTS)]
+SIGNALS += [pytest.param(name, 1, marks=FAULTS) for name in ("SIGINT", "SIGUSR1", "SIGHUP")]
+
+
+@pytest.mark.parametrize("name, processes", SIGNALS)
+def test_10_a_signal_finishes_the_step_and_saves(base, tmp_path, name, processes):
+    """128 + the signal; then --resume ends with the log and weights of the undisturbed run."""
+    shards, _, _ = base
+    out, whole, number = tmp_path / "out", tmp_path / "whole", getattr(signal, name)
+    flags = [*TINY_RUN, "--data_dir", shards, "--save_every", 0, "--max_steps", 30]
+    flags += ["--val_every", 3, "--out_dir"]
+    process = start(*flags, out, processes=processes)
+    wait_for(lambda: (out / "log.txt").exists() and len((out / "log.txt").read_text()) > 400)
+    process.send_signal(number)
+    screen, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number or processes == 2 and process.returncode, screen
+    ((step, path),) = find_checkpoints(out)
+    assert 0 < step < 30 and f"step {step}: saved {path}" in screen and "--resume" in screen
+    again = ["--resume", "--out_dir", out]
+    if processes == 1:
+        run_here(*again)
+        run_here(*flags, whole)
+    else:
+        run("train_gpt2.py", *again, processes=2)
+        run("train_gpt2.py", *flags, whole, processes=2)
+    assert (out / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
+    if processes == 2 or name != "SIGTERM":
+        survived(f"{name}, {processes} processes" if processes > 1 else name, 1, "nothing")
+
+
+def test_10_a_second_trainer_in_the_folder_is_refused(base, tmp_path):
+    shards, _, _ = base
+    out = tmp_path / "out"
+    flags = [*TINY_RUN, "--data_dir", shards, "--out_dir", out, "--max_steps", 100000]
+    first = start(*flags)
+    try:
+        wait_for(lambda: (out / "log.txt").exists() and (out / "log.txt").stat().st_size)
+        before = (out / "log.txt").read_bytes()
+        for more in ([], ["--resume"]):
+            done = train(shards, out, "--seed", 7, *more, check=False)
+            refused(done, "another process trains there" if more else "holds a run")
+        assert (out / "log.txt").read_bytes().startswith(before) and first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    train(shards, out, "--resume", "--max_steps", 1, "--seed", 7)  # the lock went with it

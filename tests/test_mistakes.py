@@ -4,18 +4,11 @@ import subprocess
 
 import pytest
 import torch
-from conftest import run_here, train
+from conftest import refused, run_here, train
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 import train_gpt2
 from train_gpt2 import explain, find_checkpoints
-
-
-def refused(done, sentence):
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(lines) == 1, done.stdout + done.stderr
-    assert sentence in lines[0] and lines[0].startswith("train_gpt2.py: "), lines[0]
-
 
 WRONG = [
     ("--total_batch_size 200", "--total_batch_size 200 is not a multiple of micro_batch_size"),
