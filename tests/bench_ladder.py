@@ -160,13 +160,13 @@ def flash_attention(q, k, v, mask=None):
 returned = None  # the last logits
 
 
-def full_cross_entropy(x, weight, targets):
+def full_cross_entropy(lm_head, x, targets):
     """train_gpt2.cross_entropy of whole logits. They outlive it, as in the lecture, where the model
     returns them too: so torch.compile has to write them to memory."""
     global returned
-    logits = F.linear(x, weight)
+    logits = lm_head(x)
     returned = logits
-    return F.cross_entropy(logits.float(), targets)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def build(rung, options, device):
