@@ -15,14 +15,15 @@ The lecture is the upper part of this file, down to the end of train(), in this 
     weights in and out ......................... GPT.from_pretrained, GPT.save_pretrained
     AdamW, weight-decay groups, fused .......... GPT.configure_optimizers
     the sampling loop .......................... GPT.generate, print_samples
-    batches, shards, epochs .................... DataLoaderLite
     warm-up, cosine, batch-size schedule ....... get_lr, get_batch_size
+    batches, shards, epochs .................... DataLoaderLite
     the validation split ....................... evaluate
     devices, processes, precisions ............. init_processes, pick_device, pick_dtype
     accumulation, autocast, DDP, clipping ...... training_step
-    TF32, compile, the loop, one batch over .... train
+    TF32, compile, padded vocabulary, the loop,
+    HellaSwag, checkpoints, overfitting ........ train
 
-The lower part, behind a rule, would be the same for another model. It can be skipped.
+The lower part, behind a rule, keeps a run safe and its screen readable. It can be skipped.
 
 Letters in shapes: B sequences of T tokens, C channels (n_embd), V rows of the vocabulary, H heads
 of D channels each. GPT-1, 2 and 3 are Radford et al. 2018 and 2019 and Brown et al. 2020.
@@ -44,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fineweb
 import hellaswag
-from fineweb import VOCAB_SIZE, UserError, tokenizer  # 50257, a sentence for the user, GPT-2's
+from fineweb import VOCAB_SIZE, UserError, tokenizer  # UserError: shown without a traceback
 
 # Configuration --------------------------------------------------------------------------------
 
@@ -68,7 +69,7 @@ class Config:
     vocab_size: int = 50304  # 50257 and padding to a multiple of 128, which GPUs multiply faster
     # batch and data order
     total_batch_size: int = 524288  # tokens per update, 2**19: 0.5M in GPT-3 table 2.1
-    batch_ramp_steps: int = 0  # updates with an eighth, a quarter, half of it first (0 = none)
+    batch_ramp_steps: int = 0  # first updates, whose batch is 1/8, then 1/4, then 1/2 of that
     micro_batch_size: int | Literal["auto"] = "auto"  # sequences on one device at a time
     seq_len: int = 1024  # tokens per sequence
     shuffle: bool = True  # visit the training windows in a new order each epoch
@@ -99,7 +100,7 @@ class Config:
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of matrix products
-    compile: bool = False  # torch.compile; on CUDA on, unless --no-compile
+    compile: bool = False  # torch.compile; the command line turns it on for CUDA: --no-compile
 
 
 SIZES = {  # GPT-2 table 2: 124M, 355M, 774M and 1,558M parameters (it prints a little less)
@@ -154,7 +155,7 @@ def attention(q, k, v, mask=None):
         return weights @ v
     Flash attention computes the same in tiles that stay on the chip."""
     if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
-        return cpu_attention(q, k, v)  # there the four lines are faster
+        return cpu_attention(q, k, v)  # CPU only, the same result: there the four lines are faster
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
@@ -213,7 +214,7 @@ def cross_entropy(lm_head, x, targets):
     """Mean of -ln p(target), in nats per token. x: (B, T, C), targets: (B, T) int64. At first all
     tokens are about equally likely, so the loss starts near ln V = 10.83 (V = 50304)."""
     if x.is_cpu and not torch.compiler.is_compiling():
-        return CPUCrossEntropy.apply(x, lm_head.weight, targets)  # the same, in less memory
+        return CPUCrossEntropy.apply(x, lm_head.weight, targets)  # CPU only: the same, less memory
     logits = lm_head(x)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -266,7 +267,7 @@ class GPT(nn.Module):
         shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
         model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, **shape))
         state = {name: transpose_conv1d(name, t) for name, t in hf.state_dict().items()}
-        model.load_state_dict(state)  # refuses any name or shape that differs
+        model.load_state_dict(state)  # refuses any name or shape that differs; old masks are gone
         return model
 
     def save_pretrained(self, directory):
@@ -290,7 +291,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def n_ids(self):
-        """Rows of the vocabulary that stand for a token: all, but 50304 are 50257 and padding."""
+        """Token ids in use. A vocabulary of 50304 rows is GPT-2's 50257 and 47 of padding."""
         return VOCAB_SIZE if self.config.vocab_size == 50304 else self.config.vocab_size
 
     def next_logits(self, idx):
@@ -330,9 +331,38 @@ def print_samples(model, config, autocast, rows=4):
         print0(">", config.prompt + enc.decode(new[:end]))
 
 
+# Schedules ------------------------------------------------------------------------------------
+
+
+def get_lr(step, config):
+    """Learning rate of update `step`, counted from 0: linear warm-up, then a cosine that reaches
+    min_lr at max_steps (GPT-3 appendix B)."""
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))  # from 1 to 0
+    return config.min_lr + cosine * (config.max_lr - config.min_lr)
+
+
+def get_batch_size(step, config):
+    """Tokens in update `step`. The first batch_ramp_steps updates have an eighth, a quarter, half
+    of total_batch_size, for a third of them each. (GPT-3 appendix B grows it from 32k tokens, in
+    a straight line, over the first 4 to 12 billion tokens.)"""
+    if step >= config.batch_ramp_steps:
+        return config.total_batch_size
+    third = 3 * step // config.batch_ramp_steps  # 0, 1, 2
+    return config.total_batch_size // 2 ** (3 - third)
+
+
+def tokens_before(step, config):
+    """Tokens of all updates before `step`: those in the ramp, and those of full size."""
+    ramp = sum(get_batch_size(s, config) for s in range(min(step, config.batch_ramp_steps)))
+    return ramp + max(0, step - config.batch_ramp_steps) * config.total_batch_size
+
+
 # Data -----------------------------------------------------------------------------------------
-# A batch is a function of (seed, step): no position to save, and any number of processes, or of
-# steps in one go, sees the same batches.
+# A batch is a function of (seed, step). So there is no position to save, and one process and eight
+# see the same batches.
 
 
 class DataLoaderLite:
@@ -351,14 +381,15 @@ class DataLoaderLite:
         self.epoch = None  # whose permutation is at hand
 
     def order(self, step):
-        """The windows of update `step`, a list of int. Line up all epochs, each a permutation of
-        the windows: an update takes the next ones of that line."""
+        """The windows of update `step`, a list of int. Think of one endless line: a permutation of
+        all windows for epoch 0, then one for epoch 1, ... Each update takes the next ones. With 5
+        windows and 3 per update: 4 0 2 | 1 3 2 | 0 1 4 | ..., where epoch 1 begins with the 2."""
         first = tokens_before(step, self.config) // self.T
         end = tokens_before(step + 1, self.config) // self.T
         windows = []
         for position in range(first, end):
             epoch, i = divmod(position, self.n_windows)  # a batch may reach into the next epoch
-            windows.append(self.permutation(epoch)[i] if self.config.shuffle else i)
+            windows.append(self.permutation(epoch)[i] if self.config.shuffle else i)  # remembered
         return windows
 
     def permutation(self, epoch):
@@ -396,37 +427,11 @@ class DataLoaderLite:
 
     def read_step(self, step):
         """What this process does of update `step`: batch / (B T world_size) micro-batches, the
-        lecture's grad_accum_steps, (B, T + 1) each."""
+        lecture's grad_accum_steps, (B, T + 1) each. read_ahead makes (inputs, targets) of them."""
         return [self.read(windows) for windows in self.share(self.order(step))]
 
 
-# Schedules and validation ---------------------------------------------------------------------
-
-
-def get_lr(step, config):
-    """Learning rate of update `step`, counted from 0: linear warm-up, then a cosine that reaches
-    min_lr at max_steps (GPT-3 appendix B)."""
-    if step < config.warmup_steps:
-        return config.max_lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))  # from 1 to 0
-    return config.min_lr + cosine * (config.max_lr - config.min_lr)
-
-
-def get_batch_size(step, config):
-    """Tokens in update `step`. The first batch_ramp_steps updates have an eighth, a quarter, half
-    of total_batch_size, for a third of them each. (GPT-3 appendix B grows it from 32k tokens, in
-    a straight line, over the first 4 to 12 billion tokens.)"""
-    if step >= config.batch_ramp_steps:
-        return config.total_batch_size
-    third = 3 * step // config.batch_ramp_steps  # 0, 1, 2
-    return config.total_batch_size // 2 ** (3 - third)
-
-
-def tokens_before(step, config):
-    """Tokens of all updates before `step`: those in the ramp, and those of full size."""
-    ramp = sum(get_batch_size(s, config) for s in range(min(step, config.batch_ramp_steps)))
-    return ramp + max(0, step - config.batch_ramp_steps) * config.total_batch_size
+# Validation ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -441,7 +446,7 @@ def evaluate(model, loader, val_tokens, autocast):
         with autocast:
             loss_sum += model(x, y) * len(x)
         n += len(x)
-    loss_sum, n = mean_over_processes(loss_sum, n)  # as good as sums: what counts is the quotient
+    loss_sum, n = mean_over_processes(loss_sum, n)  # both divided by the same number of processes
     return (loss_sum / n).item()
 
 
@@ -496,7 +501,8 @@ def pick_dtype(name, device):
 def training_step(model, batches, optimizer, scaler, autocast, grad_clip):
     """One update from micro-batches of one size, a list of (inputs, targets). Returns the loss of
     these micro-batches, and the norm that the gradient of the global batch had before it was
-    clipped, as tensors: nothing in here waits for the device."""
+    clipped, as tensors: nothing in here waits for the device. (With several processes, the loss is
+    this process's own; DDP has averaged the gradients.)"""
     optimizer.zero_grad(set_to_none=True)
     loss_sum = 0.0
     for micro_step, (x, y) in enumerate(batches):
@@ -529,13 +535,14 @@ def train(config, checkpoint=None):
     half = config.dtype != "float32"
     autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=half)
     raw_model = build_model(config, checkpoint).to(device)  # new, loaded or resumed
-    # Compiled: Python runs once, and what stands between matrix products becomes few kernels. The
-    # raw model is for what comes in many shapes, samples and HellaSwag, and for saving.
+    # Three views of one model. raw_model: samples, HellaSwag, saving. model: validation; compiled,
+    # Python runs once, and what stands between matrix products becomes few kernels, for one shape.
+    # ddp_model: training; it averages the gradients over processes.
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
-    ddp_model = DDP(model) if world_size > 1 else model  # averages gradients over processes
+    ddp_model = DDP(model) if world_size > 1 else model
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
-    # float16 has not float32's range, so the loss is scaled up, as far as it goes. In the other
-    # precisions the scale stays 1, and the scaler only leaves out updates that are not finite.
+    # float16 has not float32's range, so a scaler multiplies the loss, as far as that goes, and
+    # leaves out updates that are not finite. The other precisions want only that: their scale is 1.
     scaler = make_scaler(config.dtype, device)
     first_step = load_training_state(checkpoint, optimizer, scaler)  # 0 in a new run
 
@@ -546,6 +553,8 @@ def train(config, checkpoint=None):
     get_batches = read_ahead(loader)  # (inputs, targets) of a step; a thread reads the next one
     can_sample = raw_model.config.vocab_size >= VOCAB_SIZE
     items = hellaswag_items(config, raw_model.config) if can_sample else None
+
+    # What watches the run, all below the rule: the log, checkpoints, speed and time left, a signal
     log = Log(config, first_step, write=master)
     save = Saver(config, raw_model, optimizer, scaler, autocast, loader, log)
     progress = Progress(config, raw_model, device, world_size)
@@ -557,9 +566,9 @@ def train(config, checkpoint=None):
         return every > 0 and (step % every == 0 or last)
 
     for step in range(first_step, config.max_steps + 1):  # step = updates made so far
-        last = step == config.max_steps  # in this round there is no update any more
+        last = step == config.max_steps  # one round more than updates: it only saves and evaluates
         # Once in a while; none of it touches training's random numbers
-        if master and save.due(step, stop):
+        if master and save.wanted(step, stop):
             save(step)
         if stop:
             break
@@ -568,7 +577,7 @@ def train(config, checkpoint=None):
             print0(f"step {step}: validation loss {val_loss:.4f}")
             log.write(step, val=val_loss)
         if items and due(config.hellaswag_every):
-            with autocast:
+            with autocast:  # the likeliest of four endings, per token: chance is 0.25
                 score = hellaswag.evaluate(raw_model, items, device, rank, world_size)
             print0(f"step {step}: HellaSwag acc_norm {score.acc_norm:.4f} of {score.n} items")
             log.write(step, hella=score.acc_norm)
@@ -586,8 +595,9 @@ def train(config, checkpoint=None):
         loss, norm = training_step(
             ddp_model, batches, optimizer, scaler, autocast, config.grad_clip
         )
-        loss, stop = mean_over_processes(loss, len(received)).tolist()  # received: signals
-        norm = norm.item()  # the device is done: these two lines have waited for it
+        loss, signals = mean_over_processes(loss, len(received)).tolist()
+        stop = signals > 0  # Ctrl-C or the like, in any process: save at the next round, and leave
+        norm = norm.item()  # the device is done: .tolist() has waited for it
         seconds = time.perf_counter() - t0
         # -----------------------------------------------------------------------------------
 
@@ -601,8 +611,8 @@ def train(config, checkpoint=None):
 
 
 # ==============================================================================================
-# From here on nothing is about GPT-2: processes, files, the screen, what makes a CPU and sampling
-# faster, the command line.
+# From here on nothing is needed to understand GPT-2's training: processes, files, the screen, what
+# makes a CPU and sampling faster, the command line.
 # ==============================================================================================
 
 import ctypes
@@ -821,7 +831,7 @@ class Saver:
         self.autocast, self.loader, self.log = autocast, loader, log
         self.step, self.time = log.first_step, time.monotonic()  # of the last checkpoint
 
-    def due(self, step, stop):
+    def wanted(self, step, stop):
         """Before a stop, every --save_every steps and --save_minutes, and after the last update;
         but not while updates are left out. By this process's clock: only it saves."""
         every, minutes = self.config.save_every, self.config.save_minutes

@@ -314,6 +314,20 @@ def test_a_damaged_checkpoint_is_passed_over(base, tmp_path, text, damage):
     assert newest_checkpoint(out)["step"] == 8  # mended
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(shards, tmp_path, monkeypatch):
+    synced, plain = [], os.fsync
+
+    def fsync(number):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{number}")))
+        return plain(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train(shards, tmp_path / "out", "--max_steps", 1)
+    ((_, path),) = find_checkpoints(tmp_path / "out")
+    assert {f.name for f in synced} >= {f.name for f in path.iterdir()}
+    assert {f.parent.name for f in synced if f.name == "training_state.pt"} == {"tmp_step_00001"}
+
+
 def test_none_is_whole(base, tmp_path):
     shutil.copytree(base[1], tmp_path / "out")
     for step in (4, 8):

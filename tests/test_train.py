@@ -85,6 +85,41 @@ def test_clipping_reaches_the_step(base, tmp_path):
     assert clipped["val"][8] != free["val"][8] and tight["val"][8] > clipped["val"][8] + 0.05
 
 
+def test_tf32_and_fixed_shapes_and_the_precision_asked_for(shards, tmp_path, monkeypatch):
+    """What a CPU would not feel: settings of CUDA, as the run makes them."""
+    seen, plain = [], train_gpt2.training_step
+
+    def step(model, batches, optimizer, scaler, autocast, clip):
+        seen.append((autocast.fast_dtype, autocast._enabled, scaler.get_scale()))
+        return plain(model, batches, optimizer, scaler, autocast, clip)
+
+    monkeypatch.setattr(train_gpt2, "training_step", step)
+    monkeypatch.setattr(torch, "compile", lambda m, **flags: seen.append(flags) or m)
+    torch.set_float32_matmul_precision("highest")
+    for dtype in ("float16", "bfloat16", "float32"):
+        train(shards, tmp_path / dtype, "--dtype", dtype, "--max_steps", 1, "--compile")
+    assert torch.get_float32_matmul_precision() == "high"
+    assert seen[0] == dict(dynamic=False) and seen[1] == (torch.float16, True, 65536)
+    assert seen[3] == (torch.bfloat16, True, 1) and seen[5][1:] == (False, 1)
+
+
+def test_a_resumed_float16_run_keeps_its_scale(shards, tmp_path, monkeypatch):
+    scales, plain = [], train_gpt2.training_step
+
+    def step(model, batches, optimizer, scaler, *args):
+        scales.append(scaler.get_scale())
+        if len(scales) == 1:
+            scaler.load_state_dict(scaler.state_dict() | dict(scale=1024.0))
+        return plain(model, batches, optimizer, scaler, *args)
+
+    monkeypatch.setattr(train_gpt2, "training_step", step)
+    flags = ["--dtype", "float16", "--max_steps", 3, "--val_every", 0]
+    train(shards, tmp_path / "out", *flags, "--save_every", 2)
+    shutil.rmtree(tmp_path / "out/step_00003")
+    run_here("--resume", "--out_dir", tmp_path / "out")
+    assert scales == [65536, 1024, 1024, 1024]
+
+
 def test_the_batch_grows(base, tmp_path):
     """An eighth, a quarter, half of the batch for two steps each, resumed amid it, by two processes
     in the end; losses, batch records and time left count tokens, not steps."""
