@@ -446,7 +446,7 @@ def evaluate(model, loader, val_tokens, autocast):
         with autocast:
             loss_sum += model(x, y) * len(x)
         n += len(x)
-    loss_sum, n = mean_over_processes(loss_sum, n)  # both divided by the same number of processes
+    loss_sum, n = mean_over_processes(loss_sum, n)  # the mean of each; their quotient is the same
     return (loss_sum / n).item()
 
 
@@ -505,6 +505,7 @@ def training_step(model, batches, optimizer, scaler, autocast, grad_clip):
     this process's own; DDP has averaged the gradients.)"""
     optimizer.zero_grad(set_to_none=True)
     loss_sum = 0.0
+    # len(batches) is grad_accum_steps; all have B rows, as check() demands, so the mean is right
     for micro_step, (x, y) in enumerate(batches):
         if isinstance(model, DDP):  # average the gradients over processes once, at the end
             model.require_backward_grad_sync = micro_step == len(batches) - 1
@@ -535,14 +536,14 @@ def train(config, checkpoint=None):
     half = config.dtype != "float32"
     autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=half)
     raw_model = build_model(config, checkpoint).to(device)  # new, loaded or resumed
-    # Three views of one model. raw_model: samples, HellaSwag, saving. model: validation; compiled,
-    # Python runs once, and what stands between matrix products becomes few kernels, for one shape.
-    # ddp_model: training; it averages the gradients over processes.
+    # raw_model is for samples and HellaSwag, which come in many shapes, and for saving. Compiled, a
+    # model is traced once per shape, and what stands between matrix products becomes few kernels.
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
-    ddp_model = DDP(model) if world_size > 1 else model
+    ddp_model = DDP(model) if world_size > 1 else model  # for training: averages gradients
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
-    # float16 has not float32's range, so a scaler multiplies the loss, as far as that goes, and
-    # leaves out updates that are not finite. The other precisions want only that: their scale is 1.
+    # float16's smallest numbers are far from 0, so a scaler multiplies the loss by a large number.
+    # bfloat16 has float32's range: its scale stays 1, and the scaler only leaves out updates with a
+    # NaN or an infinity, as it does in float16; fused AdamW does that without waiting.
     scaler = make_scaler(config.dtype, device)
     first_step = load_training_state(checkpoint, optimizer, scaler)  # 0 in a new run
 
@@ -569,7 +570,7 @@ def train(config, checkpoint=None):
         last = step == config.max_steps  # one round more than updates: it only saves and evaluates
         # Once in a while; none of it touches training's random numbers
         if master and save.wanted(step, stop):
-            save(step)
+            save(step)  # weights, optimizer, scaler, settings: all that --resume needs
         if stop:
             break
         if due(config.val_every):
@@ -577,7 +578,7 @@ def train(config, checkpoint=None):
             print0(f"step {step}: validation loss {val_loss:.4f}")
             log.write(step, val=val_loss)
         if items and due(config.hellaswag_every):
-            with autocast:  # the likeliest of four endings, per token: chance is 0.25
+            with autocast:  # choose the ending with the least mean loss: chance is 0.25
                 score = hellaswag.evaluate(raw_model, items, device, rank, world_size)
             print0(f"step {step}: HellaSwag acc_norm {score.acc_norm:.4f} of {score.n} items")
             log.write(step, hella=score.acc_norm)
@@ -591,12 +592,14 @@ def train(config, checkpoint=None):
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        # One batch over and over: a sound model drives its loss to nearly 0
         batches = get_batches(0 if config.overfit_one_batch else step)
         loss, norm = training_step(
             ddp_model, batches, optimizer, scaler, autocast, config.grad_clip
         )
-        loss, signals = mean_over_processes(loss, len(received)).tolist()
-        stop = signals > 0  # Ctrl-C or the like, in any process: save at the next round, and leave
+        signals = len(received)  # Ctrl-C and the like: a handler appends each to this list
+        loss, signals = mean_over_processes(loss, signals).tolist()
+        stop = signals > 0  # some process had one: all save at the next round, and leave
         norm = norm.item()  # the device is done: .tolist() has waited for it
         seconds = time.perf_counter() - t0
         # -----------------------------------------------------------------------------------
