@@ -100,7 +100,7 @@ class Config:
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of matrix products
-    compile: bool = False  # torch.compile; the command line turns it on for CUDA: --no-compile
+    compile: bool = False  # torch.compile; on CUDA the command line says True, or --no-compile
 
 
 SIZES = {  # GPT-2 table 2: 124M, 355M, 774M and 1,558M parameters (it prints a little less)
@@ -267,7 +267,7 @@ class GPT(nn.Module):
         shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
         model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, **shape))
         state = {name: transpose_conv1d(name, t) for name, t in hf.state_dict().items()}
-        model.load_state_dict(state)  # refuses any name or shape that differs; old masks are gone
+        model.load_state_dict(state)  # refuses any name or shape that differs
         return model
 
     def save_pretrained(self, directory):
@@ -383,18 +383,18 @@ class DataLoaderLite:
     def order(self, step):
         """The windows of update `step`, a list of int. Think of one endless line: a permutation of
         all windows for epoch 0, then one for epoch 1, ... Each update takes the next ones. With 5
-        windows and 3 per update: 4 0 2 | 1 3 2 | 0 1 4 | ..., where epoch 1 begins with the 2."""
+        windows and 3 per update, 4 0 2 | 1 3 2 | 0 1 4 | ...: epoch 1 begins with the second 2."""
         first = tokens_before(step, self.config) // self.T
         end = tokens_before(step + 1, self.config) // self.T
         windows = []
         for position in range(first, end):
             epoch, i = divmod(position, self.n_windows)  # a batch may reach into the next epoch
-            windows.append(self.permutation(epoch)[i] if self.config.shuffle else i)  # remembered
+            windows.append(self.permutation(epoch)[i] if self.config.shuffle else i)
         return windows
 
     def permutation(self, epoch):
-        """An order of all windows. RandomState, because NumPy promises that its stream never
-        changes; a list seeds it with both numbers."""
+        """An order of all windows, kept for the whole epoch. RandomState, because NumPy promises
+        that its stream never changes; a list seeds it with both numbers."""
         if epoch != self.epoch:
             random = np.random.RandomState([self.config.seed, epoch])
             self.epoch, self.windows = epoch, random.permutation(self.n_windows)
@@ -431,7 +431,7 @@ class DataLoaderLite:
         return [self.read(windows) for windows in self.share(self.order(step))]
 
 
-# Validation ---------------------------------------------------------------------------------
+# Validation -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -599,7 +599,7 @@ def train(config, checkpoint=None):
         )
         signals = len(received)  # Ctrl-C and the like: a handler appends each to this list
         loss, signals = mean_over_processes(loss, signals).tolist()
-        stop = signals > 0  # some process had one: all save at the next round, and leave
+        stop = signals > 0  # some process had one: the next round saves, and all leave
         norm = norm.item()  # the device is done: .tolist() has waited for it
         seconds = time.perf_counter() - t0
         # -----------------------------------------------------------------------------------

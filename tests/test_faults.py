@@ -207,6 +207,7 @@ def test_rank_without_torchrun(base, tmp_path):
     refused(done, "the processes cannot find each other (invalid literal")
 
 
+@FAULTS
 def test_not_enough_memory(base, tmp_path):
     line = command("train_gpt2.py", *TINY_RUN, "--data_dir", base[0], "--out_dir", tmp_path / "out")
     line += "--seq_len 64 --total_batch_size 65536 --micro_batch_size 1024 --n_embd 256".split()
@@ -236,6 +237,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
+@FAULTS
 def test_a_folder_that_cannot_be_written(base, tmp_path, small_disk):
     """T6, T18: read-only; no room for the log at the start, or later."""
     shards, _, _ = base

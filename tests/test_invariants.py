@@ -337,7 +337,7 @@ def test_9_an_update_with_a_bad_gradient_is_left_out(tiny, dtype, bad):
             for i, moments in optimizer.state_dict()["state"].items():
                 assert all(torch.equal(moments[k], state[i][k]) for k in moments)
         training_step(model, batches, optimizer, scaler, autocast, 1.0)
-        assert dtype == "float16" or scaler.get_scale() == 1
+        assert scaler.get_scale() == 1
         weights.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights))
 
@@ -403,8 +403,7 @@ def test_10_a_signal_finishes_the_step_and_saves(base, tmp_path, name, processes
         run("train_gpt2.py", *again, processes=2)
         run("train_gpt2.py", *flags, whole, processes=2)
     assert (out / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
-    if processes == 2 or name != "SIGTERM":
-        survived(f"{name}, {processes} processes" if processes > 1 else name, 1, "nothing")
+    survived(f"{name}, processes: {processes}", 1, "nothing")
 
 
 def test_10_a_second_trainer_in_the_folder_is_refused(base, tmp_path):
