@@ -146,8 +146,14 @@ FAULTS = pytest.mark.faults
 
 
 def start(*args, processes=1, stderr=subprocess.STDOUT):
-    """A run that goes on while the test does something to it."""
-    options = dict(text=True, start_new_session=True, env=os.environ | ENVIRONMENT)
+    """A run that goes on while the test does something to it. It heeds signals even if the tests
+    themselves were started so that they do not, by nohup or in the background."""
+
+    def heed():
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    options = dict(text=True, start_new_session=True, env=os.environ | ENVIRONMENT, preexec_fn=heed)
     line = command("train_gpt2.py", *args, processes=processes)
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=stderr, **options)
 

@@ -401,7 +401,7 @@ def test_kill_9(killed, tmp_path, when):
         for name in ("log.txt", "step_00040/model.safetensors"):
             assert (out / name).read_bytes() == (whole / name).read_bytes()
         assert not list(out.glob("tmp_*"))
-    lost = f"nothing; {min(again)} to {max(again)} updates made again, --save_every 10"
+    lost = f"nothing; {min(again)}–{max(again)} updates made again, --save_every 10"
     survived(f"kill -9 {when}", tries, lost)
 
 
