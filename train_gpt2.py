@@ -633,7 +633,6 @@ from pathlib import Path
 
 import tyro
 from filelock import FileLock, Timeout
-from torch.utils.checkpoint import checkpoint as recompute
 
 # Processes ------------------------------------------------------------------------------------
 
@@ -1130,24 +1129,17 @@ def farewell(config, model, log, stop):
 def cpu_attention(q, k, v, rows=256):
     """attention() for bfloat16 on a CPU, causal: whole products are faster there than flash
     attention's tiles. `rows` queries at a time look at the keys up to their own, which spares half
-    of a long context; their weights are computed again in the backward pass."""
-    shape, T = q.shape, q.size(2)
+    of a long context."""
+    shape, T, D = q.shape, q.size(2), q.size(3)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B·H, T, D)
+    ahead = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)  # may not be looked at
     done = []
-    for i in range(0, T, rows):
-        part = q[:, i : i + rows], k[:, : i + rows], v[:, : i + rows]
-        done.append(
-            recompute(plain_attention, *part, use_reentrant=False, preserve_rng_state=False)
-        )
+    for start in range(0, T, rows):
+        end = start + rows
+        keys = k[:, :end].transpose(1, 2)
+        weights = torch.baddbmm(ahead[start:end, :end], q[:, start:end], keys, alpha=D**-0.5)
+        done.append(weights.softmax(-1) @ v[:, :end])  # (B·H, rows, D)
     return torch.cat(done, dim=1).view(shape)
-
-
-def plain_attention(q, k, v):
-    """attention() of the last t of T tokens: q (n, t, D), k and v (n, T, D)."""
-    t, T, D = q.size(1), k.size(1), q.size(2)
-    ahead = torch.full((t, T), -math.inf, dtype=q.dtype).triu(T - t + 1)  # may not be looked at
-    weights = torch.baddbmm(ahead, q, k.transpose(1, 2), alpha=D**-0.5).softmax(-1)  # (n, t, T)
-    return weights @ v
 
 
 class CPUCrossEntropy(torch.autograd.Function):
@@ -1165,8 +1157,8 @@ class CPUCrossEntropy(torch.autograd.Function):
         for part, d_part, wanted in zip(*(t.split(CPUCrossEntropy.ROWS) for t in flat)):
             part = part.detach().to(half).requires_grad_(w.requires_grad)
             with torch.set_grad_enabled(w.requires_grad):
-                logits = F.linear(part, w).float()  # (ROWS, V)
-                loss = F.cross_entropy(logits, wanted, reduction="sum")
+                log_p = F.linear(part, w).log_softmax(-1, dtype=torch.float32)  # (ROWS, V)
+                loss = F.nll_loss(log_p, wanted, reduction="sum")
             total += loss.detach()
             if w.requires_grad:
                 d, d_w = torch.autograd.grad(loss, (part, w))
