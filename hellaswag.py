@@ -61,9 +61,7 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 N_ITEMS = 10042  # lines of that file
 DATA = "hellaswag/hellaswag_val.jsonl"
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on Hugging Face's hub
-VOCAB_SLICE = (
-    4096  # rows of the vocabulary at a time: 50257 take gigabytes, and leave a CPU's cache
-)
+VOCAB_SLICE = 4096  # rows of the vocabulary at a time: all take gigabytes, and leave a CPU's cache
 
 Style = Literal["completion", "harness"]
 
@@ -76,9 +74,7 @@ class Item:
     label: int  # of the right ending, 0 to 3
     context: list[int]  # token ids
     endings: list[list[int]]  # token ids of the four
-    lengths: list[
-        int
-    ]  # what acc_norm divides their losses by: tokens, or characters in style harness
+    lengths: list[int]  # acc_norm divides their losses by it: tokens; in style harness characters
 
 
 def load_items(path=DATA, limit=None, style="completion"):

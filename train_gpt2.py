@@ -14,14 +14,14 @@ The lecture is the upper part of this file, down to the end of train(), in this 
     tied embeddings, initialisation ............ GPT.__init__, GPT.init_weights
     weights in and out ......................... GPT.from_pretrained, GPT.save_pretrained
     AdamW, weight-decay groups, fused .......... GPT.configure_optimizers
-    the sampling loop .......................... GPT.generate, print_samples
+    padded vocabulary, the sampling loop ....... GPT.n_ids, GPT.generate, print_samples
     warm-up, cosine, batch-size schedule ....... get_lr, get_batch_size
     batches, shards, epochs .................... DataLoaderLite
     the validation split ....................... evaluate
     devices, processes, precisions ............. init_processes, pick_device, pick_dtype
     accumulation, autocast, DDP, clipping ...... training_step
-    TF32, compile, padded vocabulary, the loop,
-    HellaSwag, checkpoints, overfitting ........ train
+    TF32, compile, checkpoints, HellaSwag, the
+    loop, overfitting one batch ................ train
 
 The lower part, behind a rule, keeps a run safe and its screen readable. It can be skipped.
 
@@ -133,7 +133,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask=None):  # only HellaSwag gives a mask
+    def forward(self, x, mask=None):  # training gives no mask: causal
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
@@ -197,8 +197,8 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     def forward(self, idx, position_ids=None, attention_mask=None):
-        """idx: (B, T) int64; returns (B, T, C). HellaSwag packs four endings behind one context in
-        a row, so it gives position_ids (B, T) and attention_mask (B, 1, T, T), True: may look."""
+        """idx: (B, T) int64; returns (B, T, C). Training gives idx alone. Only hellaswag.py gives
+        position_ids (B, T) and attention_mask (B, 1, T, T), True: may look; it tells why."""
         T = idx.size(1)
         if T > self.block_size:
             raise ValueError(f"{T} tokens are more than the model's context of {self.block_size}")
@@ -214,7 +214,7 @@ def cross_entropy(lm_head, x, targets):
     """Mean of -ln p(target), in nats per token. x: (B, T, C), targets: (B, T) int64. At first all
     tokens are about equally likely, so the loss starts near ln V = 10.83 (V = 50304)."""
     if x.is_cpu and not torch.compiler.is_compiling():
-        return CPUCrossEntropy.apply(x, lm_head.weight, targets)  # CPU only: the same, less memory
+        return CPUCrossEntropy.apply(x, lm_head.weight, targets)  # CPU: the last two lines in parts
     logits = lm_head(x)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -291,7 +291,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def n_ids(self):
-        """Token ids in use. A vocabulary of 50304 rows is GPT-2's 50257 and 47 of padding."""
+        """Token ids in use. The padded vocabulary of 50304 rows has GPT-2's 50257; the 47 rows of
+        padding are never an input nor a target, so training only makes them unlikely."""
         return VOCAB_SIZE if self.config.vocab_size == 50304 else self.config.vocab_size
 
     def next_logits(self, idx):
@@ -308,10 +309,10 @@ class GPT(nn.Module):
         generator = torch.Generator(idx.device).manual_seed(seed)
         if temperature == 0:
             temperature, top_k = 1.0, 1  # the only candidate is the likeliest
-        k = min(top_k or VOCAB_SIZE, VOCAB_SIZE, self.config.vocab_size)
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # the model can see no more
-            logits = next_logits(context)[:, :VOCAB_SIZE]  # rows of padding are never drawn
+            logits = next_logits(context)[:, :VOCAB_SIZE]  # padding is never drawn
+            k = min(top_k or VOCAB_SIZE, logits.size(1))
             logits, ids = logits.float().topk(k)  # (B, k)
             probs = F.softmax(logits / temperature, dim=-1)
             drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1): which of the k
@@ -382,8 +383,8 @@ class DataLoaderLite:
 
     def order(self, step):
         """The windows of update `step`, a list of int. Think of one endless line: a permutation of
-        all windows for epoch 0, then one for epoch 1, ... Each update takes the next ones. With 5
-        windows and 3 per update, 4 0 2 | 1 3 2 | 0 1 4 | ...: epoch 1 begins with the second 2."""
+        all windows for epoch 0, then one for epoch 1, ... Each update takes the next ones. With
+        epochs 4 0 2 1 3 and 2 0 1 4 3 and 3 windows per update: 4 0 2, then 1 3 2, then 0 1 4."""
         first = tokens_before(step, self.config) // self.T
         end = tokens_before(step + 1, self.config) // self.T
         windows = []
@@ -446,7 +447,7 @@ def evaluate(model, loader, val_tokens, autocast):
         with autocast:
             loss_sum += model(x, y) * len(x)
         n += len(x)
-    loss_sum, n = mean_over_processes(loss_sum, n)  # the mean of each; their quotient is the same
+    loss_sum, n = mean_over_processes(loss_sum, n)  # as good as their sums: a quotient is wanted
     return (loss_sum / n).item()
 
 
@@ -495,6 +496,15 @@ def pick_dtype(name, device):
     return "bfloat16" if device.type == "cpu" and bfloat16_pays() else "float32"
 
 
+def mean_over_processes(first, *others):
+    """The means over all processes of some numbers, (n,) float32 on the device of the first."""
+    values = torch.stack([first, *(torch.full_like(first, float(other)) for other in others)])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
 # One update, and the run ----------------------------------------------------------------------
 
 
@@ -536,23 +546,24 @@ def train(config, checkpoint=None):
     half = config.dtype != "float32"
     autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=half)
     raw_model = build_model(config, checkpoint).to(device)  # new, loaded or resumed
-    # raw_model is for samples and HellaSwag, which come in many shapes, and for saving. Compiled, a
-    # model is traced once per shape, and what stands between matrix products becomes few kernels.
+    # torch.compile joins the many small operations between matrix products into few kernels, so
+    # that less travels to memory and back. It compiles anew for each shape: training and validation
+    # have one, samples and HellaSwag have many and take raw_model.
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
     ddp_model = DDP(model) if world_size > 1 else model  # for training: averages gradients
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
-    # float16's smallest numbers are far from 0, so a scaler multiplies the loss by a large number.
-    # bfloat16 has float32's range: its scale stays 1, and the scaler only leaves out updates with a
-    # NaN or an infinity, as it does in float16; fused AdamW does that without waiting.
+    # float16 rounds small gradients to 0, so the scaler multiplies the loss by a large number. In
+    # bfloat16 and float32 by 1: then it only leaves out updates with a NaN or an infinity.
     scaler = make_scaler(config.dtype, device)
     first_step = load_training_state(checkpoint, optimizer, scaler)  # 0 in a new run
 
-    B = pick_micro_batch_size(config, raw_model, world_size, autocast)  # as many as fit
+    # As many sequences as fit. What is learned does not depend on it, only the speed.
+    B = pick_micro_batch_size(config, raw_model, world_size, autocast)
     share = dict(rank=rank, world_size=world_size, device=device, n_ids=raw_model.n_ids())
     loader = DataLoaderLite(config, "train", B, **share)
     val_loader = DataLoaderLite(config, "val", B, **share) if config.val_every else None
     get_batches = read_ahead(loader)  # (inputs, targets) of a step; a thread reads the next one
-    can_sample = raw_model.config.vocab_size >= VOCAB_SIZE
+    can_sample = raw_model.config.vocab_size >= VOCAB_SIZE  # GPT-2's tokens are among its ids
     items = hellaswag_items(config, raw_model.config) if can_sample else None
 
     # What watches the run, all below the rule: the log, checkpoints, speed and time left, a signal
@@ -569,7 +580,7 @@ def train(config, checkpoint=None):
     for step in range(first_step, config.max_steps + 1):  # step = updates made so far
         last = step == config.max_steps  # one round more than updates: it only saves and evaluates
         # Once in a while; none of it touches training's random numbers
-        if master and save.wanted(step, stop):
+        if master and save.wanted(step, stop):  # --save_every, --save_minutes, before a stop
             save(step)  # weights, optimizer, scaler, settings: all that --resume needs
         if stop:
             break
@@ -592,7 +603,7 @@ def train(config, checkpoint=None):
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        # One batch over and over: a sound model drives its loss to nearly 0
+        # Overfitting one batch, the first, over and over: a sound model takes the loss to nearly 0.
         batches = get_batches(0 if config.overfit_one_batch else step)
         loss, norm = training_step(
             ddp_model, batches, optimizer, scaler, autocast, config.grad_clip
@@ -605,9 +616,10 @@ def train(config, checkpoint=None):
         # -----------------------------------------------------------------------------------
 
         log.write(step, train=loss, lr=lr, norm=norm)
+        speed = progress(step, norm, seconds)  # a text: tokens per second, MFU, time left
         print0(
             f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} "
-            f"| {seconds * 1e3:.1f} ms | {progress(step, norm, seconds)}"
+            f"| {seconds * 1e3:.1f} ms | {speed}"
         )
 
     farewell(config, raw_model, log, stop)
@@ -673,15 +685,6 @@ def pick_micro_batch_size(config, model, world_size, autocast):
     if dist.is_initialized():  # what fits all of them
         dist.all_reduce(B, dist.ReduceOp.MIN)
     return int(B)
-
-
-def mean_over_processes(first, *others):
-    """The means over all processes of some numbers, (n,) float32 on the device of the first."""
-    values = torch.stack([first, *(torch.full_like(first, float(other)) for other in others)])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
 
 
 received = []  # the signals that ask this process to stop, as they come
@@ -1239,14 +1242,8 @@ DEMO = Config(  # a real tokenizer and a real loss curve, sized for two laptop c
     **dict(sample_every=225, save_every=225, prompt="The for statement is used to"),
 )
 SHAPE = ["model", "n_layer", "n_head", "n_embd", "block_size", "vocab_size"]
-BATCHES = [
-    "total_batch_size",
-    "batch_ramp_steps",
-    "seq_len",
-    "shuffle",
-    "seed",
-    "overfit_one_batch",
-]
+BATCHES = ["total_batch_size", "batch_ramp_steps", "seq_len"]
+BATCHES += ["shuffle", "seed", "overfit_one_batch"]
 
 
 def parse(argv):
@@ -1272,16 +1269,9 @@ def parse(argv):
 
 def check(config, world_size):
     """Refuse, in one sentence, what cannot work."""
-    sizes = [
-        "total_batch_size",
-        "micro_batch_size",
-        "seq_len",
-        "val_tokens",
-        "block_size",
-        "vocab_size",
-    ]
+    sizes = [*SHAPE, "total_batch_size", "micro_batch_size", "seq_len", "val_tokens"]
     for name, value in asdict(config).items():
-        least = 1 if name in [*sizes, *SIZES["gpt2"]] else 0
+        least = 1 if name in sizes else 0
         if type(value) in (int, float) and not least <= value < math.inf:
             raise UserError(f"--{name} {value}: must be at least {least}, and finite")
     if config.seed >= 2**32:
