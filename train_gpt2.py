@@ -3,7 +3,7 @@
     python train_gpt2.py --demo                             # any laptop: a small GPT-2 in minutes
     python fineweb.py                                       # 10B tokens into edu_fineweb10B/
     python train_gpt2.py                                    # one GPU; the defaults are the recipe
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs share the same batches
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs split the same batches
     python train_gpt2.py --resume                           # go on from the newest checkpoint
     python train_gpt2.py --init_from gpt2 --sample_only     # sample OpenAI's weights
 
@@ -32,7 +32,7 @@ of D channels each. GPT-1, 2 and 3 are Radford et al. 2018 and 2019 and Brown et
 import math
 import os
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -49,27 +49,32 @@ from fineweb import VOCAB_SIZE, UserError, tokenizer  # UserError: shown without
 
 # Configuration --------------------------------------------------------------------------------
 
+PADDED_VOCAB_SIZE = 50304  # 50257 and padding to a multiple of 128, which GPUs multiply faster
+
 
 @dataclass(frozen=True)
 class Config:
-    """A run: one knob per line, from which tyro makes the command line and its help."""
+    """A run: one knob per line, from which tyro makes the command line. Skim it at first."""
 
     # where from, where to
     demo: bool = False  # settings for a short run on text that ships with Python
+    finetune: bool = False  # settings for --init_from on a small text: three epochs at a low rate
     data_dir: str = "edu_fineweb10B"  # shards that fineweb.py wrote
     out_dir: str = "log"  # log.txt and checkpoints
+    tensorboard: bool = False  # also writes the log's records there for TensorBoard
+    wandb: str = ""  # also sends them to this project of Weights & Biases
     init_from: str = "scratch"  # or gpt2 ... gpt2-xl, or a directory: weights to start from
     resume: bool = False  # go on from out_dir's newest checkpoint, with the settings of its run
     # the network, unless --init_from brings its own
-    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # a row of SIZES
-    n_layer: int | None = None  # blocks; these three, if given, replace those of the row
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3-125M"] = "gpt2"  # SIZES
+    n_layer: int | None = None  # blocks; these three, if given, replace those of that size
     n_head: int | None = None  # attention heads per block
     n_embd: int | None = None  # channels, a multiple of n_head
-    block_size: int | None = None  # longest context in tokens; 1024, or seq_len if that is longer
-    vocab_size: int = 50304  # 50257 and padding to a multiple of 128, which GPUs multiply faster
+    block_size: int | None = None  # longest context; None: 1024 tokens, or seq_len if longer
+    vocab_size: int = PADDED_VOCAB_SIZE  # rows of the vocabulary
     # batch and data order
     total_batch_size: int = 524288  # tokens per update, 2**19: 0.5M in GPT-3 table 2.1
-    batch_ramp_steps: int = 0  # first updates, whose batch is 1/8, then 1/4, then 1/2 of that
+    batch_ramp_steps: int = 0  # so long the batch is 1/8, then 1/4, then 1/2 of total_batch_size
     micro_batch_size: int | Literal["auto"] = "auto"  # sequences on one device at a time
     seq_len: int = 1024  # tokens per sequence
     shuffle: bool = True  # visit the training windows in a new order each epoch
@@ -77,8 +82,9 @@ class Config:
     overfit_one_batch: bool = False  # train on the first batch only: the loss must go to nearly 0
     # optimization: GPT-3 appendix B, but for the length of the run
     max_steps: int = 19073  # updates: 10e9 tokens / 2**19
+    epochs: float = 0  # if given, sets max_steps to so many passes over the training tokens
     warmup_steps: int = 715  # 375M tokens / 2**19
-    max_lr: float = 6e-4  # GPT-3 table 2.1; 3e-4 for medium, 2.5e-4 for large, 2e-4 for xl
+    max_lr: float = 6e-4  # GPT-3 table 2.1; for a larger --model the command line lowers it
     min_lr: float = 6e-5  # where the cosine ends: 10% of max_lr
     weight_decay: float = 0.1  # of matrices and embeddings
     grad_clip: float = 1.0  # largest norm of the whole gradient (0 = no limit)
@@ -87,28 +93,21 @@ class Config:
     hellaswag_every: int = 250  # HellaSwag acc_norm
     sample_every: int = 250  # print samples
     save_every: int = 5000  # write a checkpoint
-    save_minutes: float = 30  # also when so many have passed since the last one (0 = never)
+    save_minutes: float = 30  # also after so many minutes without one (0 = never)
     keep_checkpoints: int = 3  # older ones that stay beside the newest (0 = all)
     val_tokens: int = 10485760  # of the validation split, 20 * 2**19; the same ones every time
     hellaswag_data: str = "hellaswag/hellaswag_val.jsonl"  # downloaded to here if nothing is there
     # sampling
-    prompt: str = "Hello, I'm a language model,"  # samples begin with it
+    prompt: str = "Hello, I'm a language model,"  # samples begin with it; "-": read prompts
     sample_tokens: int = 32  # new tokens per sample
     temperature: float = 1.0  # 0 = always the likeliest token
     top_k: int = 50  # draw from the k likeliest tokens (0 = all)
+    top_p: float = 1.0  # of those, only the likeliest that together have this probability
     sample_only: bool = False  # no training: print samples of the weights that --init_from names
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of matrix products
-    compile: bool = False  # torch.compile; on CUDA the command line says True, or --no-compile
-
-
-SIZES = {  # GPT-2 table 2: 124M, 355M, 774M and 1,558M parameters (it prints a little less)
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-}
+    compile: bool = False  # torch.compile; the command line turns it on for CUDA (--no-compile)
 
 
 @dataclass(frozen=True)
@@ -148,15 +147,17 @@ class CausalSelfAttention(nn.Module):
 def attention(q, k, v, mask=None):
     """Each token looks at itself and at those before it. q, k, v: (B, H, T, D); returns the same.
 
-    In four lines (Vaswani et al. 2017, equation 1), which write (B, H, T, T) weights to memory:
+    Written out (Vaswani et al. 2017, equation 1):
+        mask = torch.ones(T, T, dtype=torch.bool).tril()  # True: may look
         weights = q @ k.transpose(2, 3) / math.sqrt(D)
-        weights = weights.masked_fill(~mask, -math.inf)  # bool, True: may look
+        weights = weights.masked_fill(~mask, -math.inf)
         weights = F.softmax(weights, dim=-1)
         return weights @ v
-    Flash attention computes the same in tiles that stay on the chip."""
+    PyTorch's function gives the same; on a GPU as flash attention, whose (B, H, T, T) weights come
+    and go in tiles on the chip and are never written to memory."""
     if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
-        return cpu_attention(q, k, v)  # CPU only, the same result: there the four lines are faster
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return cpu_attention(q, k, v)  # bfloat16 on a CPU: written out is faster
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=(mask is None))
 
 
 class MLP(nn.Module):
@@ -197,8 +198,10 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     def forward(self, idx, position_ids=None, attention_mask=None):
-        """idx: (B, T) int64; returns (B, T, C). Training gives idx alone. Only hellaswag.py gives
-        position_ids (B, T) and attention_mask (B, 1, T, T), True: may look; it tells why."""
+        """idx: (B, T) int64; returns (B, T, C). Training gives idx alone; skip the others at first.
+        hellaswag.py packs a context and its four endings into one row: position_ids (B, T) let each
+        ending start right after the context, attention_mask (B, 1, T, T) hides them from each
+        other."""
         T = idx.size(1)
         if T > self.block_size:
             raise ValueError(f"{T} tokens are more than the model's context of {self.block_size}")
@@ -212,9 +215,11 @@ class Transformer(nn.Module):
 
 def cross_entropy(lm_head, x, targets):
     """Mean of -ln p(target), in nats per token. x: (B, T, C), targets: (B, T) int64. At first all
-    tokens are about equally likely, so the loss starts near ln V = 10.83 (V = 50304)."""
+    tokens are about equally likely, so the loss starts near ln V = 10.83 (V = 50304).
+    It takes lm_head and x instead of logits, because (B, T, V) logits take gigabytes: on a CPU,
+    unless torch.compile has fused it all, they are made for a few tokens at a time."""
     if x.is_cpu and not torch.compiler.is_compiling():
-        return CPUCrossEntropy.apply(x, lm_head.weight, targets)  # CPU: the last two lines in parts
+        return CPUCrossEntropy.apply(x, lm_head.weight, targets)  # the same loss in less memory
     logits = lm_head(x)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -224,6 +229,15 @@ def transpose_conv1d(name, tensor):
     is its own inverse, so this serves both ways."""
     conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     return tensor.t().contiguous() if name.endswith(conv1d) else tensor
+
+
+SIZES = {  # GPT-2 table 2: 124M, 355M, 774M and 1,558M parameters
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+    "gpt3-125M": dict(n_layer=12, n_head=12, n_embd=768),  # as gpt2; with seq_len 2048
+}
 
 
 class GPT(nn.Module):
@@ -280,41 +294,47 @@ class GPT(nn.Module):
         params = list(self.parameters())
         decay = [p for p in params if p.dim() >= 2]
         no_decay = [p for p in params if p.dim() < 2]
-        groups = [  # lr_scale: a group's share of the schedule's learning rate
-            {"params": decay, "weight_decay": weight_decay, "lr_scale": 1.0},
-            {"params": no_decay, "weight_decay": 0.0, "lr_scale": 1.0},
+        groups = [
+            {"params": decay, "weight_decay": weight_decay},
+            {"params": no_decay, "weight_decay": 0.0},
         ]
-        # fused: one kernel updates all 148 tensors, instead of several kernels for each
+        # fused: one kernel updates all 148 tensors, instead of several for each; on CPUs, too
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
 
     def n_ids(self):
-        """Token ids in use. The padded vocabulary of 50304 rows has GPT-2's 50257; the 47 rows of
-        padding are never an input nor a target, so training only makes them unlikely."""
-        return VOCAB_SIZE if self.config.vocab_size == 50304 else self.config.vocab_size
+        """How many rows of the vocabulary are real tokens: of the padded 50304 the first 50257. The
+        other 47 never occur in data, so training only makes them unlikely. Any other vocabulary has
+        no padding. Used to check data, and to leave the padding out of saved weights."""
+        padded = self.config.vocab_size == PADDED_VOCAB_SIZE
+        return VOCAB_SIZE if padded else self.config.vocab_size
 
     def next_logits(self, idx):
         """Logits (B, V) of the token that follows idx (B, T)."""
         return self(idx)[:, -1]
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=50, seed=42, use_cache=True):
+    def generate(
+        self, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, seed=42, use_cache=True
+    ):
         """Continue idx, (B, T) int64, to (B, T + max_new_tokens). Each token is drawn from the
         top_k likeliest (0 = all; temperature 0 = always the likeliest), by a generator of its own:
         sampling does not change training's random numbers."""
-        # CachedDecoder gives the same logits and remembers what it has computed.
+        # CachedDecoder gives the same logits, and remembers until the context is full
         next_logits = CachedDecoder(self) if use_cache else self.next_logits
         generator = torch.Generator(idx.device).manual_seed(seed)
         if temperature == 0:
             temperature, top_k = 1.0, 1  # the only candidate is the likeliest
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # the model can see no more
-            logits = next_logits(context)[:, :VOCAB_SIZE]  # padding is never drawn
+            logits = next_logits(context)[:, :VOCAB_SIZE]  # GPT-2's tokens, no padding
             k = min(top_k or VOCAB_SIZE, logits.size(1))
-            logits, ids = logits.float().topk(k)  # (B, k)
+            logits, ids = logits.float().topk(k)  # (B, k), the likeliest first
             probs = F.softmax(logits / temperature, dim=-1)
+            before = probs.cumsum(-1) - probs  # probability of those that are likelier
+            probs = probs * (before < top_p)
             drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1): which of the k
             idx = torch.cat([idx, ids.gather(1, drawn)], dim=1)
         return idx
@@ -326,7 +346,8 @@ def print_samples(model, config, autocast, rows=4):
     prompt = enc.encode_ordinary(config.prompt) or [enc.eot_token]
     idx = torch.tensor([prompt] * rows, device=model.lm_head.weight.device)  # (rows, T)
     with autocast:
-        idx = model.generate(idx, config.sample_tokens, config.temperature, config.top_k)
+        how = config.temperature, config.top_k, config.top_p
+        idx = model.generate(idx, config.sample_tokens, *how)
     for new in idx[:, len(prompt) :].tolist():
         end = new.index(enc.eot_token) if enc.eot_token in new else len(new)
         print0(">", config.prompt + enc.decode(new[:end]))
@@ -346,13 +367,13 @@ def get_lr(step, config):
 
 
 def get_batch_size(step, config):
-    """Tokens in update `step`. The first batch_ramp_steps updates have an eighth, a quarter, half
-    of total_batch_size, for a third of them each. (GPT-3 appendix B grows it from 32k tokens, in
-    a straight line, over the first 4 to 12 billion tokens.)"""
+    """Tokens in update `step`: total_batch_size. With a ramp, the first third of batch_ramp_steps
+    has an eighth of it, the second a quarter, the last half. (GPT-3 appendix B grows it from 32k
+    tokens, in a straight line, over the first 4 to 12 billion tokens.)"""
     if step >= config.batch_ramp_steps:
         return config.total_batch_size
     third = 3 * step // config.batch_ramp_steps  # 0, 1, 2
-    return config.total_batch_size // 2 ** (3 - third)
+    return config.total_batch_size // (8, 4, 2)[third]
 
 
 def tokens_before(step, config):
@@ -372,19 +393,27 @@ class DataLoaderLite:
 
     def __init__(self, config, split, B, rank=0, world_size=1, device="cpu", n_ids=VOCAB_SIZE):
         self.config, self.B, self.T = config, B, config.seq_len  # B windows in a micro-batch
-        self.n_ids = n_ids  # that the model knows
+        self.n_ids = n_ids  # read() refuses token ids >= n_ids
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.shards = fineweb.open_shards(config.data_dir, split)  # [(n,) uint16], memory maps
         sizes = [len(shard) for shard in self.shards]
         self.starts = [0, *np.cumsum(sizes[:-1]).tolist()]  # where in the stream each one begins
         self.n_tokens = sum(sizes)
         self.n_windows = count_windows(config, split, self.n_tokens)
-        self.epoch = None  # whose permutation is at hand
+        self.epoch = None  # the one whose permutation self.windows holds
+
+    def read_step(self, step):
+        """This process's micro-batches of update `step`, a list of (B, T + 1): order() lists the
+        update's windows, share() takes this process's, read() fetches their tokens. Their number,
+        get_batch_size(step) / (B T world_size), is the lecture's grad_accum_steps; check() has made
+        sure that it is whole."""
+        return [self.read(windows) for windows in self.share(self.order(step))]
 
     def order(self, step):
-        """The windows of update `step`, a list of int. Think of one endless line: a permutation of
-        all windows for epoch 0, then one for epoch 1, ... Each update takes the next ones. With
-        epochs 4 0 2 1 3 and 2 0 1 4 3 and 3 windows per update: 4 0 2, then 1 3 2, then 0 1 4."""
+        """The windows of update `step`, a list of int. Write down a permutation of all windows for
+        each epoch, one after another: each update takes the next ones. With 5 and 3 per update:
+            epoch 0: 4 0 2 1 3   epoch 1: 2 0 1 4 3
+            update 0: 4 0 2   update 1: 1 3 2   update 2: 0 1 4"""
         first = tokens_before(step, self.config) // self.T
         end = tokens_before(step + 1, self.config) // self.T
         windows = []
@@ -395,7 +424,7 @@ class DataLoaderLite:
 
     def permutation(self, epoch):
         """An order of all windows, kept for the whole epoch. RandomState, because NumPy promises
-        that its stream never changes; a list seeds it with both numbers."""
+        that its numbers never change; it takes two seeds as a list."""
         if epoch != self.epoch:
             random = np.random.RandomState([self.config.seed, epoch])
             self.epoch, self.windows = epoch, random.permutation(self.n_windows)
@@ -426,28 +455,35 @@ class DataLoaderLite:
         tokens = tokens.to(self.device, non_blocking=True)  # (B, T + 1)
         return tokens[:, :-1], tokens[:, 1:]
 
-    def read_step(self, step):
-        """What this process does of update `step`: batch / (B T world_size) micro-batches, the
-        lecture's grad_accum_steps, (B, T + 1) each. read_ahead makes (inputs, targets) of them."""
-        return [self.read(windows) for windows in self.share(self.order(step))]
-
 
 # Validation -----------------------------------------------------------------------------------
+
+
+def mean_over_processes(first, *others):
+    """Each argument averaged over the processes, by one all_reduce for all. The first is a tensor
+    on the device, the others are numbers or tensors; returns them as one tensor (n,)."""
+    values = torch.stack([first, *(torch.full_like(first, float(other)) for other in others)])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
 
 
 @torch.no_grad()
 def evaluate(model, loader, val_tokens, autocast):
     """Mean loss in nats per token over the first val_tokens tokens of the loader's split, or all
-    that there are. Any number of processes covers the same tokens and gets the same result."""
+    that there are. Any number of processes covers the same tokens and gets the same result. (No
+    model.eval(): there is no dropout to switch off.)"""
     n_windows = min(val_tokens // loader.T, loader.n_windows)
     loss_sum = torch.zeros((), device=loader.device)
-    n = 0  # windows; there is no dropout to switch off
+    n = 0  # windows so far
     for windows in loader.share(range(n_windows)):
         x, y = loader.inputs_and_targets(loader.read(windows))
         with autocast:
             loss_sum += model(x, y) * len(x)
         n += len(x)
-    loss_sum, n = mean_over_processes(loss_sum, n)  # as good as their sums: a quotient is wanted
+    # Means will do for sums: both are divided by world_size, which changes no quotient
+    loss_sum, n = mean_over_processes(loss_sum, n)
     return (loss_sum / n).item()
 
 
@@ -496,39 +532,31 @@ def pick_dtype(name, device):
     return "bfloat16" if device.type == "cpu" and bfloat16_pays() else "float32"
 
 
-def mean_over_processes(first, *others):
-    """The means over all processes of some numbers, (n,) float32 on the device of the first."""
-    values = torch.stack([first, *(torch.full_like(first, float(other)) for other in others)])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
-
-
 # One update, and the run ----------------------------------------------------------------------
 
 
 def training_step(model, batches, optimizer, scaler, autocast, grad_clip):
-    """One update from micro-batches of one size, a list of (inputs, targets). Returns the loss of
-    these micro-batches, and the norm that the gradient of the global batch had before it was
-    clipped, as tensors: nothing in here waits for the device. (With several processes, the loss is
-    this process's own; DDP has averaged the gradients.)"""
+    """One update from micro-batches of one size, a list of (inputs, targets). Returns the mean loss
+    of this process's micro-batches and the norm that the gradient, averaged over all processes, had
+    before it was clipped; both as tensors, as nothing in here waits for the device."""
     optimizer.zero_grad(set_to_none=True)
     loss_sum = 0.0
-    # len(batches) is grad_accum_steps; all have B rows, as check() demands, so the mean is right
+    # len(batches) is grad_accum_steps; all have B rows, so the mean of their means is the mean
     for micro_step, (x, y) in enumerate(batches):
         if isinstance(model, DDP):  # average the gradients over processes once, at the end
             model.require_backward_grad_sync = micro_step == len(batches) - 1
         with autocast:  # matrix products in bfloat16; weights, LayerNorm, softmax, loss in float32
             loss = model(x, y)
         loss = loss / len(batches)  # backward() adds gradients up; the batch's loss is a mean
-        scaler.scale(loss).backward()  # float16: scaled up, so that small gradients are not 0
+        scaler.scale(loss).backward()  # float16: times a large number, so that none rounds to 0
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)  # the true gradients again, before they are measured
     # A rare bad batch must not throw the weights far: scale its gradient down to this norm.
-    limit = grad_clip or torch.finfo(torch.float32).max  # 0: none
+    limit = grad_clip or torch.finfo(torch.float32).max  # 0: no limit, only measured
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    scaler.step(optimizer)  # the update, left out if a gradient has a NaN or an infinity
+    # AdamW, unless a gradient is inf or NaN: then the update is left out. Fused AdamW makes that
+    # test on the device, so Python does not wait for the answer.
+    scaler.step(optimizer)
     scaler.update()
     return loss_sum, norm
 
@@ -541,47 +569,47 @@ def train(config, checkpoint=None):
 
     # The lecture's ladder, in ms per step of B=16, T=1024 on its A100: 1000 in float32, 333 with
     # TF32, 300 bfloat16, 130 compiled, 96 flash attention, 93 vocabulary 50304, 90 fused AdamW.
-    torch.set_float32_matmul_precision("high")  # TF32: factors keep 10 of their 23 bits
+    torch.set_float32_matmul_precision("high")  # TF32: keeps 10 of 23 mantissa bits
     config = replace(config, dtype=pick_dtype(config.dtype, device))
-    half = config.dtype != "float32"
-    autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=half)
-    raw_model = build_model(config, checkpoint).to(device)  # new, loaded or resumed
-    # torch.compile joins the many small operations between matrix products into few kernels, so
-    # that less travels to memory and back. It compiles anew for each shape: training and validation
-    # have one, samples and HellaSwag have many and take raw_model.
+    mixed = config.dtype != "float32"
+    autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=mixed)
+    raw_model = build_model(config, checkpoint).to(device)  # new (by --seed), loaded or resumed
+    # torch.compile joins the operations between matrix products: fewer trips to memory. It compiles
+    # anew for each shape, so samples and HellaSwag, which have many, take raw_model.
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
     ddp_model = DDP(model) if world_size > 1 else model  # for training: averages gradients
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
-    # float16 rounds small gradients to 0, so the scaler multiplies the loss by a large number. In
-    # bfloat16 and float32 by 1: then it only leaves out updates with a NaN or an infinity.
+    # float16 rounds small gradients to 0, so a scaler multiplies the loss by a large number, and
+    # adapts it. For bfloat16 and float32 that number stays 1: all that the scaler still does is
+    # leave out updates whose gradient has a NaN or an infinity.
     scaler = make_scaler(config.dtype, device)
     first_step = load_training_state(checkpoint, optimizer, scaler)  # 0 in a new run
 
-    # As many sequences as fit. What is learned does not depend on it, only the speed.
-    B = pick_micro_batch_size(config, raw_model, world_size, autocast)
-    share = dict(rank=rank, world_size=world_size, device=device, n_ids=raw_model.n_ids())
-    loader = DataLoaderLite(config, "train", B, **share)
-    val_loader = DataLoaderLite(config, "val", B, **share) if config.val_every else None
-    get_batches = read_ahead(loader)  # (inputs, targets) of a step; a thread reads the next one
-    can_sample = raw_model.config.vocab_size >= VOCAB_SIZE  # GPT-2's tokens are among its ids
-    items = hellaswag_items(config, raw_model.config) if can_sample else None
+    B = pick_micro_batch_size(config, raw_model, world_size, autocast)  # changes only the speed
+    where = dict(rank=rank, world_size=world_size, device=device, n_ids=raw_model.n_ids())
+    loader = DataLoaderLite(config, "train", B, **where)
+    val_loader = DataLoaderLite(config, "val", B, **where) if config.val_every else None
+    # get_batches(step): loader.read_step(step) as (inputs, targets); a thread reads the next ones.
+    get_batches = read_ahead(loader)
+    speaks_gpt2 = raw_model.config.vocab_size >= VOCAB_SIZE  # else no samples, no HellaSwag
+    items = hellaswag_items(config, raw_model.config) if speaks_gpt2 else None
 
-    # What watches the run, all below the rule: the log, checkpoints, speed and time left, a signal
+    # What watches the run, all below the rule: the log, checkpoints, speed and time left, Ctrl-C
     log = Log(config, first_step, write=master)
     save = Saver(config, raw_model, optimizer, scaler, autocast, loader, log)
     progress = Progress(config, raw_model, device, world_size)
     announce(config, raw_model, loader, val_loader, checkpoint)
-    catch_signals()
-    stop = False  # has any process received a signal?
+    catch_signals()  # from now on Ctrl-C, SIGTERM, ... only append to the list received
+    stop = False  # set after a step if any process received one: the next round saves and leaves
 
     def due(every):
         return every > 0 and (step % every == 0 or last)
 
     for step in range(first_step, config.max_steps + 1):  # step = updates made so far
         last = step == config.max_steps  # one round more than updates: it only saves and evaluates
-        # Once in a while; none of it touches training's random numbers
+        # Once in a while; none of it changes what is learned
         if master and save.wanted(step, stop):  # --save_every, --save_minutes, before a stop
-            save(step)  # weights, optimizer, scaler, settings: all that --resume needs
+            save(step)  # first, so that no evaluation can lose it: all that --resume needs
         if stop:
             break
         if due(config.val_every):
@@ -589,11 +617,11 @@ def train(config, checkpoint=None):
             print0(f"step {step}: validation loss {val_loss:.4f}")
             log.write(step, val=val_loss)
         if items and due(config.hellaswag_every):
-            with autocast:  # choose the ending with the least mean loss: chance is 0.25
+            with autocast:  # how often the right one of four endings has the least mean loss
                 score = hellaswag.evaluate(raw_model, items, device, rank, world_size)
             print0(f"step {step}: HellaSwag acc_norm {score.acc_norm:.4f} of {score.n} items")
             log.write(step, hella=score.acc_norm)
-        if master and can_sample and due(config.sample_every):
+        if master and speaks_gpt2 and due(config.sample_every):
             print_samples(raw_model, config, autocast)
         if last:
             break
@@ -602,20 +630,20 @@ def train(config, checkpoint=None):
         t0 = time.perf_counter()
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # a group may have its own share
         # Overfitting one batch, the first, over and over: a sound model takes the loss to nearly 0.
         batches = get_batches(0 if config.overfit_one_batch else step)
         loss, norm = training_step(
             ddp_model, batches, optimizer, scaler, autocast, config.grad_clip
         )
-        signals = len(received)  # Ctrl-C and the like: a handler appends each to this list
-        loss, signals = mean_over_processes(loss, signals).tolist()
-        stop = signals > 0  # some process had one: the next round saves, and all leave
-        norm = norm.item()  # the device is done: .tolist() has waited for it
+        # The mean loss and, beside it, whether any process was told to stop: all have to leave in
+        # the same step, or the others would wait for it. (.tolist() waits for the device.)
+        loss, signals = mean_over_processes(loss, len(received)).tolist()
+        stop, norm = signals > 0, norm.item()
         seconds = time.perf_counter() - t0
         # -----------------------------------------------------------------------------------
 
-        log.write(step, train=loss, lr=lr, norm=norm)
+        log.write(step, train=loss, lr=lr, norm=norm, seconds=seconds)
         speed = progress(step, norm, seconds)  # a text: tokens per second, MFU, time left
         print0(
             f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} "
@@ -631,6 +659,7 @@ def train(config, checkpoint=None):
 # ==============================================================================================
 
 import ctypes
+import json
 import platform
 import shlex
 import shutil
@@ -640,7 +669,7 @@ import sys
 import timeit
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import tyro
@@ -957,21 +986,29 @@ class Log:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(self.path)
+        note_run(config, first_step)
+        self.watchers = watchers(config, first_step)
         self.file = self.path.open("a", buffering=1)
 
     def write(self, step, **values):
-        """A record for each stream=value; and with a norm, one if the batch has grown, one if the
-        update was left out because that is not finite. UserError after twenty of those."""
+        """A record for each stream=value. With a step's norm and seconds also its speed in tokens
+        per second, its batch if that has grown, and a note if the update was left out because the
+        norm is not finite. UserError after twenty of those."""
         if "norm" in values:
             self.left_out = 0 if math.isfinite(values["norm"]) else self.left_out + 1
             before, batch = (get_batch_size(s, self.config) for s in (max(0, step - 1), step))
+            values["speed"] = batch / values.pop("seconds")
             if batch != before or (step == 0 and batch != self.config.total_batch_size):
                 values["batch"] = batch
             if self.left_out:
                 values["skip"] = self.left_out
-        with fineweb.blame(f"{self.path} cannot be written", "make room, and go on with --resume"):
-            for stream, value in values.items() if self.file else []:
-                self.file.write(f"{step} {stream} {value:.12f}\n")
+        if self.file:
+            remedy = "make room, and go on with --resume"
+            with fineweb.blame(f"{self.path} cannot be written", remedy):
+                for stream, value in values.items():
+                    self.file.write(f"{step} {stream} {value:.12f}\n")
+                for watch in self.watchers:
+                    watch(values, step)
         if self.left_out == 20:
             give_up(self.config, f"20 updates in a row were left out, the last one in step {step}")
 
@@ -979,6 +1016,44 @@ class Log:
         if self.file:
             self.file.close()
             self.lock.release()
+
+
+def note_run(config, first_step):
+    """Add to run.json, a list, what this start depends on."""
+    path = Path(config.out_dir) / "run.json"
+    with fineweb.blame(f"{path} cannot be read", "remove it"):
+        starts = json.loads(path.read_text()) if path.exists() else []
+        starts = starts if first_step else []  # a new run
+    start = dict(first_step=first_step, started=f"{datetime.now():%F %T}", versions=versions())
+    start |= dict(config=asdict(config), shards=fineweb.describe_shards(config.data_dir))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps([*starts, start], indent=1))
+    temporary.replace(path)
+
+
+def watchers(config, first_step):
+    """A function of ({stream: value}, step) for each of --tensorboard and --wandb. Every start is a
+    run of its own there; those of one folder are a group."""
+    found, run = [], f"{config.out_dir} from step {first_step}"
+    if config.tensorboard:
+        with fineweb.blame("--tensorboard cannot work here", "pip install tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(Path(config.out_dir) / "tensorboard")
+
+        def to_tensorboard(values, step):
+            for stream, value in values.items():
+                board.add_scalar(stream, value, step)
+            board.flush()
+
+        found.append(to_tensorboard)
+    if config.wandb:
+        with fineweb.blame("--wandb cannot work here", "pip install wandb; wandb login"):
+            import wandb
+
+            names = dict(project=config.wandb, name=run, group=config.out_dir)
+            found.append(wandb.init(**names, config=asdict(config), dir=config.out_dir).log)
+    return found
 
 
 def parse_record(line):
@@ -1069,7 +1144,7 @@ def announce(config, model, loader, val_loader, checkpoint):
     compiled, V = "compiled" if config.compile else "not compiled", model.config.vocab_size
     total, tokens = config.total_batch_size, loader.n_tokens
     accum, epochs = total // (B * T * processes), tokens_before(config.max_steps, config) / tokens
-    usual = asdict(DEMO if config.demo else Config())
+    usual = asdict(Config(**PRESETS["demo"] if config.demo else {}))
     given = {name: value for name, value in asdict(config).items() if value != usual[name]}
     lines = [
         "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -1087,6 +1162,8 @@ def announce(config, model, loader, val_loader, checkpoint):
         lines += [f"validation: all {val_loader.n_windows * T:,} tokens that there are"]
     if V < VOCAB_SIZE and (config.sample_every or config.hellaswag_every):
         lines += [f"warning: samples and HellaSwag are off: they need GPT-2's {VOCAB_SIZE} tokens"]
+    if epochs > 50 and not config.overfit_one_batch:
+        lines += [f"warning: {epochs:.0f} epochs are many; --epochs 3, or --finetune, takes fewer"]
     if config.warmup_steps > config.max_steps:
         lines += ["warning: --warmup_steps is longer than the run"]
     if config.min_lr > config.max_lr:
@@ -1234,13 +1311,27 @@ class CachedDecoder:
 
 # The command line -----------------------------------------------------------------------------
 
-DEMO = Config(  # a real tokenizer and a real loss curve, sized for two laptop cores
-    **dict(demo=True, data_dir="demo/data", out_dir="demo/log"),
-    **dict(n_layer=4, n_head=4, n_embd=128, block_size=128, seq_len=128),
-    **dict(total_batch_size=1024, micro_batch_size=8, max_steps=450, warmup_steps=20),
-    **dict(max_lr=2e-3, min_lr=2e-4, val_every=90, val_tokens=13824, hellaswag_every=0),
-    **dict(sample_every=225, save_every=225, prompt="The for statement is used to"),
-)
+PRESETS = {  # what flags of these names, and --model, set; any other flag overrides it
+    "demo": dict(  # a real tokenizer and a real loss curve, sized for two laptop cores
+        **dict(demo=True, data_dir="demo/data", out_dir="demo/log"),
+        **dict(n_layer=4, n_head=4, n_embd=128, block_size=128, seq_len=128),
+        **dict(total_batch_size=1024, micro_batch_size=8, max_steps=450, warmup_steps=20),
+        **dict(max_lr=2e-3, min_lr=2e-4, val_every=90, val_tokens=13824, hellaswag_every=0),
+        **dict(sample_every=225, save_every=225, prompt="The for statement is used to"),
+    ),
+    "finetune": dict(  # batch and rate of nanoGPT's fine-tuning on Shakespeare
+        **dict(finetune=True, out_dir="tuned", epochs=3, total_batch_size=32768, warmup_steps=3),
+        **dict(max_lr=3e-5, min_lr=3e-5, val_every=10, sample_every=0, hellaswag_every=0),
+    ),
+    # GPT-3 table 2.1, for the sizes nearest to GPT-2's; the same 10e9 tokens
+    "gpt2-medium": dict(max_lr=3e-4, min_lr=3e-5),
+    "gpt2-large": dict(max_lr=2.5e-4, min_lr=2.5e-5),
+    "gpt2-xl": dict(
+        **dict(max_lr=2e-4, min_lr=2e-5),
+        **dict(total_batch_size=2**20, max_steps=9537, warmup_steps=358),
+    ),
+    "gpt3-125M": dict(seq_len=2048),
+}
 SHAPE = ["model", "n_layer", "n_head", "n_embd", "block_size", "vocab_size"]
 BATCHES = ["total_batch_size", "batch_ramp_steps", "seq_len"]
 BATCHES += ["shuffle", "seed", "overfit_one_batch"]
@@ -1250,13 +1341,15 @@ def parse(argv):
     """(config, checkpoint): the flags over the defaults, the demo's, or those of the run that
     --resume goes on with; and what newest_checkpoint found of that run."""
     config = tyro.cli(Config, args=argv, description=__doc__)
-    usual = Config(compile=pick_device(config.device).type == "cuda")
-    config = tyro.cli(Config, args=argv, default=DEMO if config.demo else usual)
+    usual = usual_config(config)
+    config = tyro.cli(Config, args=argv, default=usual)
+    if config.demo and not config.sample_only:
+        fineweb.build_demo(config.data_dir)
     checkpoint = newest_checkpoint(config.out_dir) if config.resume else None
     if not checkpoint:
-        return config, None
+        return count_steps(config, usual), None
     before = replace(Config(**checkpoint["config"]), out_dir=config.out_dir, resume=True)
-    config = tyro.cli(Config, args=argv, default=before)
+    config = count_steps(tyro.cli(Config, args=argv, default=before), before)
     for name, old in asdict(before).items():
         new = getattr(config, name)
         if new != old and name in ["init_from", *SHAPE, *BATCHES]:
@@ -1265,6 +1358,26 @@ def parse(argv):
         if new != old and not config.sample_only:
             print0(f"--resume: {name} {old} → {new}")
     return config, checkpoint
+
+
+def usual_config(config):
+    """The defaults that --demo, --finetune, --model and the device ask for."""
+    usual = dict(compile=pick_device(config.device).type == "cuda" and not config.demo)
+    for name in (config.model, *(n for n in ("demo", "finetune") if getattr(config, n))):
+        usual |= PRESETS.get(name, {})
+    return Config(**usual)
+
+
+def count_steps(config, usual):
+    """With --epochs turned into --max_steps, unless that was given too."""
+    if 0 < config.epochs < math.inf and not config.sample_only:
+        if config.max_steps == usual.max_steps:
+            shards = fineweb.open_shards(config.data_dir, "train")
+            wanted = config.epochs * sum(len(shard) for shard in shards)
+            steps = bisect_left(range(10**9), wanted, key=lambda s: tokens_before(s, config))
+            config = replace(config, max_steps=steps)
+        config = replace(config, epochs=0)
+    return config
 
 
 def check(config, world_size):
@@ -1278,8 +1391,12 @@ def check(config, world_size):
         raise UserError(f"--seed {config.seed}: must be less than 2**32")
     if 0 < config.temperature < 0.01:
         raise UserError(f"--temperature {config.temperature}: must be 0, or at least 0.01")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"--top_p {config.top_p}: must be more than 0, and at most 1")
+    if config.prompt == "-" and not config.sample_only:
+        raise UserError("--prompt -: reads standard input, which only --sample_only does")
     for name in SHAPE if config.init_from != "scratch" and not config.resume else []:
-        if getattr(config, name) != getattr(DEMO if config.demo else Config, name):
+        if getattr(config, name) != getattr(usual_config(config), name):
             raise UserError(f"--{name}: the weights of --init_from bring their own; leave it away")
     if config.sample_only:
         return
@@ -1307,13 +1424,17 @@ def sample(config, checkpoint):
     model = build_model(config, checkpoint).to(device)
     if model.config.vocab_size < VOCAB_SIZE:
         raise UserError("--sample_only: the model has not GPT-2's tokens; give another --init_from")
-    print_samples(model, config, torch.autocast(device.type, dtype, dtype != torch.float32))
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    lines = sys.stdin if config.prompt == "-" else [config.prompt]
+    for line in lines:
+        print_samples(model, replace(config, prompt=line.rstrip("\n")), autocast)
 
 
 def explain(error):
     """What the user can do about an error that their files, memory or machine caused, in one
     sentence; None for a fault of this program, which deserves a traceback."""
     from torch._dynamo.exc import BackendCompilerFailed  # slow to import
+    from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
     chain = [error]
     while cause := getattr(chain[-1], "inner_exception", None) or chain[-1].__cause__:
@@ -1323,7 +1444,7 @@ def explain(error):
         return str(error)
     if isinstance(chain[-1], (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
         return "out of memory; give a smaller --micro_batch_size, the batch stays the same"
-    if isinstance(error, BackendCompilerFailed):
+    if isinstance(error, (BackendCompilerFailed, GPUTooOldForTriton, TritonMissing)):
         return f"torch.compile cannot work here ({text}); add --no-compile"
     if isinstance(chain[-1], OSError):
         return f"{chain[-1].filename}: {chain[-1].strerror}; look at that folder and its disk"
@@ -1339,8 +1460,6 @@ def main(argv=None):
         if config.sample_only:
             sample(config, checkpoint)
         else:
-            if config.demo:
-                fineweb.build_demo(config.data_dir)
             train(config, checkpoint)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

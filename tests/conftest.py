@@ -119,6 +119,12 @@ def log_of(out_dir):
     return streams
 
 
+def records(out_dir):
+    """The lines of a run's log.txt, but for those of its speed."""
+    lines = (Path(out_dir) / "log.txt").read_text().splitlines()
+    return [line for line in lines if " speed " not in line]
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """(shards, out_dir, screen) of the run that others are compared with: 8 steps, one process,

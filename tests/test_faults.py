@@ -22,6 +22,7 @@ from conftest import (
     TINY_RUN,
     command,
     log_of,
+    records,
     refused,
     run,
     run_here,
@@ -312,7 +313,7 @@ def test_a_damaged_checkpoint_is_passed_over(base, tmp_path, text, damage):
     done = run_here("--resume", "--out_dir", out)
     assert f"warning: {out}/step_00008 is damaged ({text}" in done.stdout, done.stdout
     assert "resuming " + str(out / "step_00004") in done.stdout
-    assert (out / "log.txt").read_bytes() == (base[1] / "log.txt").read_bytes()
+    assert records(out) == records(base[1])
     assert newest_checkpoint(out)["step"] == 8  # mended
 
 
@@ -398,8 +399,9 @@ def test_kill_9(killed, tmp_path, when):
         saved = [0, *(step for step, _ in find_checkpoints(out))]
         again.append(len(log_of(out).get("norm", [])) - saved[-1])
         run_here(*(flags if saved == [0] else []), "--resume", "--out_dir", out)
-        for name in ("log.txt", "step_00040/model.safetensors"):
-            assert (out / name).read_bytes() == (whole / name).read_bytes()
+        weights = "step_00040/model.safetensors"
+        assert (out / weights).read_bytes() == (whole / weights).read_bytes()
+        assert records(out) == records(whole)
         assert not list(out.glob("tmp_*"))
     lost = f"nothing; {min(again)}–{max(again)} updates made again, --save_every 10"
     survived(f"kill -9 {when}", tries, lost)
@@ -472,8 +474,9 @@ def test_two_nodes_for_real(base, tmp_path):
     for node in agents("--resume", "--out_dir", out):
         screen, _ = node.communicate(timeout=120)
         assert node.returncode == 0, screen
-    for name in ("log.txt", "step_00040/model.safetensors"):
-        assert (out / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    weights = "step_00040/model.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "two" / weights).read_bytes()
+    assert records(out) == records(tmp_path / "two")
     survived(
         "two nodes, one killed, both started again", 1, f"nothing; it went on from step {saved[-1]}"
     )

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, log_of, run, run_here, train, write_shards
+from conftest import ROOT, log_of, records, run, run_here, train, write_shards
 from transformers import GPT2LMHeadModel
 
 import train_gpt2
@@ -31,7 +31,7 @@ from train_gpt2 import (
 def test_the_log_and_the_screen(base):
     _, out, screen = base
     log = log_of(out)
-    assert set(log) == {"train", "val", "lr", "norm"}
+    assert set(log) == {"train", "val", "lr", "norm", "speed"}
     assert list(log["train"]) == list(log["lr"]) == list(log["norm"]) == list(range(8))
     assert list(log["val"]) == [0, 4, 8]
     assert log["lr"][0] == pytest.approx(5e-3)
@@ -160,8 +160,7 @@ def test_resume_remembers_the_run(shards, tmp_path):
     for step in (8, 10):
         shutil.rmtree(tmp_path / f"part/step_{step:05d}")
     done = run_here("--resume", "--out_dir", tmp_path / "part")
-    whole, part = (tmp_path / name / "log.txt" for name in ("whole", "part"))
-    assert whole.read_bytes() == part.read_bytes() and "→" not in done.stdout
+    assert records(tmp_path / "whole") == records(tmp_path / "part") and "→" not in done.stdout
     done = run_here("--resume", "--out_dir", tmp_path / "part", "--max_steps", 12, "--val_every", 2)
     assert "--resume: max_steps 10 → 12" in done.stdout
     assert "--resume: val_every 4 → 2" in done.stdout and done.stdout.count("→") == 2
@@ -193,8 +192,7 @@ def test_resume_without_a_checkpoint_starts_at_step_0(base, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/log.txt").write_text("0 val 10.0\n0 train 9.0\n# a note\n")
     train(shards, tmp_path / "out", "--resume", "--save_every", 4)
-    kept = (tmp_path / "out/log.txt").read_bytes().removeprefix(b"# a note\n")
-    assert kept == (out / "log.txt").read_bytes()
+    assert records(tmp_path / "out") == ["# a note", *records(out)]
 
 
 def test_other_shards_after_a_stop_are_said(base, tmp_path):
@@ -216,12 +214,13 @@ def test_the_newest_checkpoints_are_kept(shards, tmp_path):
 def test_log_keeps_only_what_is_not_written_again(tmp_path):
     text = "0 val 5.0\n0 train 4.0\nhello\n1 train 3.0\n2 val 2.5\n2 hella 0.25\n2 train 9.0\n3 tra"
     (tmp_path / "log.txt").write_text(text)
-    log = Log(Config(out_dir=str(tmp_path)), 2)
+    log = Log(Config(out_dir=str(tmp_path), data_dir=str(tmp_path)), 2)
     log.write(2, val=1 / 3)
-    log.write(2, train=2.0, norm=math.inf)
+    log.write(2, train=2.0, norm=math.inf, seconds=2.0)
     log.close()
     kept = "0 val 5.0\n0 train 4.0\nhello\n1 train 3.0\n2 val 0.333333333333\n"
-    written = "2 train 2.000000000000\n2 norm inf\n2 skip 1.000000000000\n"
+    written = "2 train 2.000000000000\n2 norm inf\n2 speed 262144.000000000000\n"
+    written += "2 skip 1.000000000000\n"
     assert (tmp_path / "log.txt").read_text() == kept + written
     assert read_log(tmp_path / "log.txt")[3] == (2, "val", "0.333333333333")
 

@@ -1,0 +1,372 @@
+"""What goes in and out of a run by other doors: other tools that open a checkpoint, presets of
+settings, other vocabularies, what watches a run, machines that are not this one."""
+
+import errno
+import io
+import json
+import os
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import log_of, refused, run_here, train, write_shards
+from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
+from transformers import AutoTokenizer, TopPLogitsWarper, pipeline
+
+import hellaswag
+import train_gpt2
+from fineweb import tokenizer
+from train_gpt2 import GPT, Config, GPTConfig, find_checkpoints, parse
+
+# -- other tools open a checkpoint as it is
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(model, directory) of a random GPT-2 whose likeliest tokens are far from a tie."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=128, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        model.transformer.wte.weight *= 20
+    directory = tmp_path_factory.mktemp("saved") / "step_00001"
+    model.save_pretrained(directory)
+    return model, directory
+
+
+def test_auto_tokenizer_equals_tiktoken_on_every_code_point(saved):
+    theirs, ours = AutoTokenizer.from_pretrained(saved[1]), tokenizer()
+    characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    texts = ["".join(f"a{c}1 {c}!" for c in characters[i : i + 512]) for i in range(0, 2**20, 512)]
+    assert theirs(texts)["input_ids"] == [ours.encode_ordinary(text) for text in texts]
+    assert theirs.pad_token == theirs.eos_token == "<|endoftext|>"
+    assert theirs.model_max_length == 128
+
+
+def test_auto_tokenizer_equals_tiktoken_on_a_corpus(saved):
+    from pydoc_data.topics import topics
+
+    theirs = AutoTokenizer.from_pretrained(saved[1])
+    for text in topics.values():
+        assert theirs(text)["input_ids"] == tokenizer().encode_ordinary(text)
+
+
+def test_pipeline_continues_as_we_do(saved):
+    """One prompt, and a batch of two of different lengths; greedy, token for token."""
+    model, directory = saved
+    prompts = ["Hello, I'm a language model,", "Once"]
+    write = pipeline("text-generation", str(directory))
+    how = dict(do_sample=False, max_new_tokens=12, return_tensors=True)
+    one = [write(prompt, **how)[0] for prompt in prompts]
+    two = [found[0] for found in write(prompts, batch_size=2, **how)]
+    for prompt, *found in zip(prompts, one, two):
+        ids = tokenizer().encode_ordinary(prompt)
+        ours = model.generate(torch.tensor([ids]), 12, temperature=0)[0, len(ids) :].tolist()
+        for theirs in found:
+            assert theirs["generated_token_ids"][-12:] == ours
+
+
+def test_no_tokenizer_for_another_vocabulary(tmp_path):
+    for vocab_size in (65, 50400):
+        model = GPT(GPTConfig(block_size=8, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=4))
+        model.save_pretrained(tmp_path / str(vocab_size))
+        names = {path.name for path in (tmp_path / str(vocab_size)).iterdir()}
+        assert names == {"config.json", "model.safetensors"}
+
+
+def test_lm_evaluation_harness_agrees(saved, tmp_path):
+    """Its own hellaswag task, given our items, against --style harness."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from datasets import Dataset, DatasetDict
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    words = (
+        "a cat the dog [x] under. [title] runs then  quickly Paris jumps, and over 7 boxes".split(
+            " "
+        )
+    )
+    r = np.random.default_rng(0)
+
+    def text():
+        return " ".join(r.choice(words, size=r.integers(3, 12)))
+
+    records = [
+        dict(
+            ind=i, activity_label="Sports", ctx_a=text(), ctx_b=text(), split="val", split_type="x"
+        )
+        | dict(endings=[text() for _ in range(4)], label=str(i % 4), source_id=f"s{i}")
+        for i in range(12)
+    ]
+    for record in records:
+        record["ctx"] = record["ctx_a"] + " " + record["ctx_b"]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    items = hellaswag.load_items(tmp_path / "items.jsonl", style="harness")
+    ours = hellaswag.evaluate(saved[0], items, "cpu")
+    task = get_task_dict(["hellaswag"], TaskManager())["hellaswag"]
+    data = Dataset.from_list(records)
+    task.dataset = DatasetDict(train=data, validation=data)
+    found = lm_eval.simple_evaluate(HFLM(str(saved[1]), device="cpu", batch_size=4), tasks=[task])
+    theirs = found["results"]["hellaswag"]
+    assert theirs["acc,none"] == pytest.approx(ours.acc)
+    assert theirs["acc_norm,none"] == pytest.approx(ours.acc_norm)
+
+
+def test_a_step_of_gold_distils_from_another_tokenizer(saved, tmp_path):
+    """The README's recipe, with a small Llama whose tokenizer is made here as the teacher."""
+    gold = pytest.importorskip("trl.experimental.gold")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    teacher, shape = str(tmp_path / "teacher"), dict(hidden_size=32, intermediate_size=64)
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    form = dict(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tok.train_from_iterator(["the cat sat on the mat " * 20], trainers.BpeTrainer(**form))
+    names = dict(bos_token="<s>", eos_token="</s>")
+    PreTrainedTokenizerFast(tokenizer_object=tok, **names).save_pretrained(teacher)
+    shape |= dict(num_hidden_layers=1, num_attention_heads=2, bos_token_id=0, eos_token_id=1)
+    LlamaForCausalLM(LlamaConfig(vocab_size=400, **shape)).save_pretrained(teacher)
+    pairs = Dataset.from_list([dict(prompt="the cat", completion=" sat on the mat")] * 4)
+    args = gold.GOLDConfig(
+        str(tmp_path / "distilled"),
+        **dict(teacher_tokenizer_name_or_path=teacher, use_uld_loss=True, use_cpu=True),
+        **dict(max_length=64, max_completion_length=8, max_steps=1, report_to=[]),
+        **dict(per_device_train_batch_size=2, learning_rate=1e-3),
+    )
+    trainer = gold.GOLDTrainer(str(saved[1]), teacher, args, train_dataset=pairs)
+    before = trainer.model.transformer.wte.weight.detach().clone()
+    result = trainer.train()
+    assert np.isfinite(result.training_loss) and result.global_step == 1
+    assert not torch.equal(before, trainer.model.transformer.wte.weight)
+
+
+# -- machines that are not this one
+
+
+def test_a_checkpoint_is_saved_where_folders_cannot_be_opened(base, tmp_path, monkeypatch):
+    """As on Windows: os.open refuses a directory, and os.fsync a handle that only reads."""
+    plain_open, plain_fsync = os.open, os.fsync
+
+    def open_file(path, *args, **kw):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return plain_open(path, *args, **kw)
+
+    def fsync(number):
+        import fcntl
+
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return plain_fsync(number)
+
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "fsync", fsync)
+    train(base[0], tmp_path / "out", "--max_steps", 1)
+    assert [step for step, _ in find_checkpoints(tmp_path / "out")] == [1]
+
+
+@pytest.mark.parametrize("error", [TritonMissing(None), GPUTooOldForTriton("sm_60", None)])
+def test_compiling_without_triton(base, tmp_path, monkeypatch, error):
+    def compile(*args, **kw):
+        raise error
+
+    monkeypatch.setattr(torch, "compile", compile)
+    done = train(base[0], tmp_path / "out", "--compile", check=False)
+    refused(done, "torch.compile cannot work here")
+    assert "add --no-compile" in done.stderr
+
+
+# -- presets
+
+
+def settings(*flags):
+    return asdict(parse(["--device", "cpu", *map(str, flags)])[0])
+
+
+TABLE = {  # GPT-3 table 2.1: rate, batch in tokens, here rounded to powers of two; its context
+    "gpt2": (6e-4, 2**19, 1024),
+    "gpt2-medium": (3e-4, 2**19, 1024),
+    "gpt2-large": (2.5e-4, 2**19, 1024),
+    "gpt2-xl": (2e-4, 2**20, 1024),
+    "gpt3-125M": (6e-4, 2**19, 2048),
+}
+
+
+@pytest.mark.parametrize("name, row", TABLE.items())
+def test_sizes_bring_their_rates(name, row):
+    found = settings("--model", name)
+    assert (found["max_lr"], found["total_batch_size"], found["seq_len"]) == row
+    assert found["min_lr"] == pytest.approx(0.1 * row[0])
+    assert found["max_steps"] * row[1] == pytest.approx(10e9, rel=1e-3)
+    assert found["warmup_steps"] * row[1] == pytest.approx(375e6, rel=1e-2)
+    other = settings("--model", name, "--max_lr", 1e-3, "--total_batch_size", 1024)
+    assert (other["max_lr"], other["total_batch_size"]) == (1e-3, 1024)
+
+
+def test_the_effective_settings_are_printed(base, tmp_path):
+    done = train(base[0], tmp_path / "out", "--model", "gpt2-xl", "--max_steps", 1)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("settings: "))
+    assert "model gpt2-xl" in line and "max_steps 1," in line and "min_lr 0.001," in line
+    assert "block_size=64" in done.stdout
+
+
+def test_gpt3_has_a_context_of_2048():
+    shape = train_gpt2.SIZES["gpt3-125M"]
+    config = Config(**settings("--model", "gpt3-125M", "--n_layer", 1, "--n_embd", 12))
+    assert shape == train_gpt2.SIZES["gpt2"]
+    assert train_gpt2.build_model(config).config.block_size == 2048
+
+
+def test_a_fine_tune_ends(base, tmp_path):
+    """Three epochs of the 6,000 tokens, in the batch that is given; the rate stays after warm-up;
+    every flag overrides; resuming remembers."""
+    shards, out, _ = base
+    given = ["--finetune", "--init_from", out / "step_00008", "--data_dir", shards]
+    found = settings(*given)
+    assert (found["max_steps"], found["total_batch_size"], found["hellaswag_every"]) == (
+        1,
+        32768,
+        0,
+    )
+    flags = "--seq_len 32 --dtype float32 --device cpu --total_batch_size 1024".split()
+    done = run_here(
+        *given, *flags, "--out_dir", tmp_path / "out", "--max_lr", 1e-3, "--min_lr", 1e-3
+    )
+    log = log_of(tmp_path / "out")
+    assert "18 steps are 3.07 epochs" in done.stdout and list(log["train"]) == list(range(18))
+    assert set(list(log["lr"].values())[3:]) == {1e-3}
+    assert log["val"][18] < log["val"][0] - 0.1
+    assert settings(*given, "--max_steps", 7)["max_steps"] == 7
+    assert settings(*given, *flags, "--epochs", 1)["max_steps"] == 6
+    again = ["--resume", "--out_dir", tmp_path / "out"]
+    assert settings(*again)["max_steps"] == 18
+    done = run_here(*again, "--epochs", 3.5)
+    assert "max_steps 18 → 21" in done.stdout and list(log_of(tmp_path / "out")["train"])[-1] == 20
+
+
+def test_many_epochs_are_warned_about(base, tmp_path):
+    """51 epochs of 6,000 tokens, in two steps."""
+    batch = ["--total_batch_size", 51 * 3008, "--micro_batch_size", 47, "--val_every", 0]
+    done = train(base[0], tmp_path / "many", *batch, "--max_steps", 2)
+    assert "warning: 51 epochs are many; --epochs 3" in done.stdout
+    done = train(base[0], tmp_path / "few", *batch, "--max_steps", 1)
+    assert "are many" not in done.stdout
+
+
+# -- watching a run
+
+
+def test_run_json_has_an_entry_for_each_start(base, tmp_path):
+    shards = write_shards(tmp_path / "shards")
+    train(shards, tmp_path / "out", "--max_steps", 2)
+    run_here("--resume", "--out_dir", tmp_path / "out", "--max_steps", 3)
+    first, second = json.loads((tmp_path / "out/run.json").read_text())
+    assert (first["first_step"], second["first_step"]) == (0, 2)
+    assert first["config"]["max_steps"] == 2 and second["config"]["max_steps"] == 3
+    assert first["versions"]["torch"] == torch.__version__ and "device" in first["versions"]
+    assert set(first["shards"]) == {path.name for path in shards.iterdir()}
+
+
+def test_tensorboard_has_the_log(base, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(base[0], tmp_path / "out", "--tensorboard")
+    events, log = EventAccumulator(str(tmp_path / "out/tensorboard")), log_of(tmp_path / "out")
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(log) == {"train", "val", "lr", "norm", "speed"}
+    for stream, values in log.items():
+        found = {event.step: event.value for event in events.Scalars(stream)}
+        assert found == pytest.approx(values, rel=1e-6), stream
+
+
+def test_wandb_offline(base, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sent, plain = [], wandb.Run.log
+    monkeypatch.setattr(
+        wandb.Run, "log", lambda run, *a, **kw: (sent.append(a), plain(run, *a, **kw))
+    )
+    train(base[0], tmp_path / "out", "--wandb", "mine")
+    wandb.finish()
+    log = log_of(tmp_path / "out")
+    assert [step for values, step in sent if "train" in values] == list(log["train"])
+    assert list((tmp_path / "out").rglob("*.wandb"))
+
+
+@pytest.mark.parametrize(
+    "flags, module", [(["--tensorboard"], "tensorboard"), (["--wandb", "mine"], "wandb")]
+)
+def test_a_missing_package_is_said(base, tmp_path, monkeypatch, flags, module):
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    done = train(base[0], tmp_path / "out", *flags, check=False)
+    refused(done, f"{flags[0]} cannot work here")
+    assert f"pip install {module}" in done.stderr
+
+
+# -- playing with a run
+
+
+def test_prompts_from_standard_input(base, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon\nThe cat\n"))
+    loads, plain = [], train_gpt2.build_model
+    monkeypatch.setattr(train_gpt2, "build_model", lambda *a: loads.append(a) or plain(*a))
+    weights = ["--init_from", base[1] / "step_00008", "--device", "cpu"]
+    done = run_here("--sample_only", "--prompt", "-", *weights, "--sample_tokens", 3)
+    starts = [line[:5] for line in done.stdout.splitlines() if line.startswith("> ")]
+    assert starts == ["> Onc"] * 4 + ["> The"] * 4 and len(loads) == 1
+    refused(run_here("--prompt", "-", "--out_dir", "nowhere", check=False), "standard input")
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9])
+def test_top_p_draws_what_transformers_would(tiny, top_p):
+    with torch.no_grad():
+        tiny.transformer.wte.weight *= 30
+        idx = torch.tensor([[5, 77, 1000]])
+        logits = tiny.next_logits(idx)[:, :50257] / 0.7
+        keep = TopPLogitsWarper(top_p)(None, logits)[0].isfinite().nonzero()[:, 0]
+        many = tiny.generate(idx.repeat(3000, 1), 1, 0.7, top_k=0, top_p=top_p, use_cache=False)
+    drawn = set(many[:, -1].tolist())
+    assert drawn <= set(keep.tolist()) and (len(drawn) > 1 or len(keep) == 1)
+
+
+# -- data of other programs
+
+
+def test_ready_made_shards_of_llm_c(tmp_path):
+    """The names and format of FineWeb shards that others have put on the hub."""
+    folder, r = tmp_path / "edu", np.random.default_rng(0)
+    folder.mkdir()
+    for name in ("finewebedu_val_000000.bin", "finewebedu_train_000001.bin"):
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, 3000  # magic number, version, tokens
+        tokens = np.resize(r.integers(0, 50257, 7), 3000).astype(np.uint16)
+        (folder / name).write_bytes(header.tobytes() + tokens.tobytes())
+    done = train(folder, tmp_path / "out")
+    assert "3,000 tokens in 1 train shards" in done.stdout
+    assert log_of(tmp_path / "out")["val"][8] < log_of(tmp_path / "out")["val"][0]
+
+
+def test_characters_as_tokens(tmp_path):
+    """The recipe of the README: a text's characters as ids into two shards, then training."""
+    text = "to be, or not to be: that is the question. " * 200
+    table = sorted(set(text))
+    ids = np.array([table.index(c) for c in text], dtype=np.uint16)
+    np.save(tmp_path / "chars_val_0.npy", ids[:800])
+    np.save(tmp_path / "chars_train_1.npy", ids[800:])
+    flags = ["--vocab_size", len(table), "--max_steps", 60, "--warmup_steps", 5, "--val_every", 0]
+    done = train(tmp_path, tmp_path / "out", *flags)
+    model = GPT.from_pretrained(tmp_path / "out/step_00060")
+    start = torch.tensor([[table.index(c) for c in "to be, or not"]])
+    written = "".join(table[i] for i in model.generate(start, 20, temperature=0)[0])
+    assert len(set(written)) > 3 and set(written) <= set(table)
+    assert log_of(tmp_path / "out")["train"][59] < 1.5
+    assert "--sample_only" not in done.stdout
