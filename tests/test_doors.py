@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,39 +76,35 @@ def test_no_tokenizer_for_another_vocabulary(tmp_path):
         assert names == {"config.json", "model.safetensors"}
 
 
-def test_lm_evaluation_harness_agrees(saved, tmp_path):
-    """Its own hellaswag task, given our items, against --style harness."""
+def test_lm_evaluation_harness_agrees(saved, tmp_path, monkeypatch):
+    """Its own hellaswag task, given items that are made here, against --style harness."""
     lm_eval = pytest.importorskip("lm_eval")
-    from datasets import Dataset, DatasetDict
+    import datasets
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager, get_task_dict
 
-    words = (
-        "a cat the dog [x] under. [title] runs then  quickly Paris jumps, and over 7 boxes".split(
-            " "
-        )
-    )
-    r = np.random.default_rng(0)
+    words = "a cat the dog [x] under. [title] runs then  quickly Paris jumps, and over 7 café"
+    words, r = words.split(" "), np.random.default_rng(0)
 
     def text():
-        return " ".join(r.choice(words, size=r.integers(3, 12)))
+        return "the " + " ".join(r.choice(words, size=r.integers(3, 12)))
 
     records = [
-        dict(
-            ind=i, activity_label="Sports", ctx_a=text(), ctx_b=text(), split="val", split_type="x"
-        )
-        | dict(endings=[text() for _ in range(4)], label=str(i % 4), source_id=f"s{i}")
-        for i in range(12)
+        dict(ind=i, activity_label="Sports", ctx_a=text(), ctx_b=text(), label=i % 4)
+        | dict(endings=[text() for _ in range(4)])
+        for i in range(24)
     ]
-    for record in records:
-        record["ctx"] = record["ctx_a"] + " " + record["ctx_b"]
-    (tmp_path / "items.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    items = hellaswag.load_items(tmp_path / "items.jsonl", style="harness")
+    records = [record | dict(ctx=f"{record['ctx_a']} {record['ctx_b']}") for record in records]
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    items = hellaswag.load_items(path, style="harness")
     ours = hellaswag.evaluate(saved[0], items, "cpu")
-    task = get_task_dict(["hellaswag"], TaskManager())["hellaswag"]
-    data = Dataset.from_list(records)
-    task.dataset = DatasetDict(train=data, validation=data)
-    found = lm_eval.simple_evaluate(HFLM(str(saved[1]), device="cpu", batch_size=4), tasks=[task])
+    data = datasets.Dataset.from_list(
+        [record | dict(label=str(record["label"])) for record in records]
+    )
+    splits = datasets.DatasetDict(train=data, validation=data)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: splits)
+    model = HFLM(str(saved[1]), device="cpu", batch_size=4)
+    found = lm_eval.simple_evaluate(model, tasks=["hellaswag"], bootstrap_iters=0)
     theirs = found["results"]["hellaswag"]
     assert theirs["acc,none"] == pytest.approx(ours.acc)
     assert theirs["acc_norm,none"] == pytest.approx(ours.acc_norm)
@@ -170,7 +167,10 @@ def test_a_checkpoint_is_saved_where_folders_cannot_be_opened(base, tmp_path, mo
     assert [step for step, _ in find_checkpoints(tmp_path / "out")] == [1]
 
 
-@pytest.mark.parametrize("error", [TritonMissing(None), GPUTooOldForTriton("sm_60", None)])
+OLD = SimpleNamespace(name="Tesla P100", major=6, minor=0)
+
+
+@pytest.mark.parametrize("error", [TritonMissing(None), GPUTooOldForTriton(OLD, None)])
 def test_compiling_without_triton(base, tmp_path, monkeypatch, error):
     def compile(*args, **kw):
         raise error
@@ -251,10 +251,10 @@ def test_a_fine_tune_ends(base, tmp_path):
 
 def test_many_epochs_are_warned_about(base, tmp_path):
     """51 epochs of 6,000 tokens, in two steps."""
-    batch = ["--total_batch_size", 51 * 3008, "--micro_batch_size", 47, "--val_every", 0]
-    done = train(base[0], tmp_path / "many", *batch, "--max_steps", 2)
+    batch = ["--total_batch_size", 51 * 3008, "--val_every", 0]
+    done = train(base[0], tmp_path / "many", *batch, "--max_steps", 2, batch=47)
     assert "warning: 51 epochs are many; --epochs 3" in done.stdout
-    done = train(base[0], tmp_path / "few", *batch, "--max_steps", 1)
+    done = train(base[0], tmp_path / "few", *batch, "--max_steps", 1, batch=47)
     assert "are many" not in done.stdout
 
 
