@@ -686,14 +686,15 @@ def make_scaler(dtype, device):
 
 
 def pick_micro_batch_size(config, model, world_size, autocast):
-    """Sequences on one device at a time. auto: 4; on CUDA the largest power of two, up to 65,536
-    tokens, that divides the batch and fits, as two small passes without torch.compile tell."""
+    """Sequences on one device at a time. auto: 4,096 tokens; on CUDA the largest power of two, up
+    to 65,536 tokens, that divides the batch and fits, as two small passes without torch.compile
+    tell."""
     if config.micro_batch_size != "auto":
         return config.micro_batch_size
     most = get_batch_size(0, config) // (config.seq_len * world_size)
     most, device = most & -most, model.lm_head.weight.device  # its largest power of two
     if device.type != "cuda":
-        return min(4, most)
+        return min(most, 1 << (max(1, 4096 // config.seq_len).bit_length() - 1))
 
     def peak(B):  # bytes that a forward and backward pass takes for a while
         torch.cuda.reset_peak_memory_stats(device)

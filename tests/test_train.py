@@ -392,7 +392,10 @@ def test_the_micro_batch_that_auto_takes(tiny, monkeypatch):
     """On a pretended GPU: 4 copies of 4 bytes per parameter are kept free, and 15% of the rest."""
     off = torch.autocast("cpu", torch.bfloat16, enabled=False)
     config = Config(seq_len=32, total_batch_size=32 * 96)
-    assert pick_micro_batch_size(config, tiny, 1, off) == 4
+    for seq_len, expected in ((1024, 4), (1000, 4), (128, 32), (5000, 1)):  # 4,096 tokens
+        long = Config(seq_len=seq_len, total_batch_size=seq_len * 64)
+        assert pick_micro_batch_size(long, tiny, 1, off) == expected
+    assert pick_micro_batch_size(config, tiny, 1, off) == 32
     assert pick_micro_batch_size(Config(micro_batch_size=3), tiny, 1, off) == 3
     assert pick_micro_batch_size(Config(seq_len=32, total_batch_size=64), tiny, 1, off) == 2
     ramp = Config(seq_len=32, total_batch_size=32 * 64, batch_ramp_steps=3)
