@@ -58,7 +58,7 @@ class Config:
 
     # where from, where to
     demo: bool = False  # settings for a short run on text that ships with Python
-    finetune: bool = False  # settings for --init_from on a small text: three epochs at a low rate
+    finetune: bool = False  # settings for --init_from on a small text: two epochs at a low rate
     data_dir: str = "edu_fineweb10B"  # shards that fineweb.py wrote
     out_dir: str = "log"  # log.txt and checkpoints
     tensorboard: bool = False  # also writes the log's records there for TensorBoard
@@ -1321,7 +1321,7 @@ PRESETS = {  # what flags of these names, and --model, set; any other flag overr
         **dict(sample_every=225, save_every=225, prompt="The for statement is used to"),
     ),
     "finetune": dict(  # batch and rate of nanoGPT's fine-tuning on Shakespeare
-        **dict(finetune=True, out_dir="tuned", epochs=3, total_batch_size=32768, warmup_steps=3),
+        **dict(finetune=True, out_dir="tuned", epochs=2, total_batch_size=32768, warmup_steps=3),
         **dict(max_lr=3e-5, min_lr=3e-5, val_every=10, sample_every=0, hellaswag_every=0),
     ),
     # GPT-3 table 2.1, for the sizes nearest to GPT-2's; the same 10e9 tokens

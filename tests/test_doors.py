@@ -223,7 +223,7 @@ def test_gpt3_has_a_context_of_2048():
 
 
 def test_a_fine_tune_ends(base, tmp_path):
-    """Three epochs of the 6,000 tokens, in the batch that is given; the rate stays after warm-up;
+    """Two epochs of the 6,000 tokens, in the batch that is given; the rate stays after warm-up;
     every flag overrides; resuming remembers."""
     shards, out, _ = base
     given = ["--finetune", "--init_from", out / "step_00008", "--data_dir", shards]
@@ -238,15 +238,15 @@ def test_a_fine_tune_ends(base, tmp_path):
         *given, *flags, "--out_dir", tmp_path / "out", "--max_lr", 1e-3, "--min_lr", 1e-3
     )
     log = log_of(tmp_path / "out")
-    assert "18 steps are 3.07 epochs" in done.stdout and list(log["train"]) == list(range(18))
+    assert "12 steps are 2.05 epochs" in done.stdout and list(log["train"]) == list(range(12))
     assert set(list(log["lr"].values())[3:]) == {1e-3}
-    assert log["val"][18] < log["val"][0] - 0.1
+    assert log["val"][12] < log["val"][0] - 0.1
     assert settings(*given, "--max_steps", 7)["max_steps"] == 7
     assert settings(*given, *flags, "--epochs", 1)["max_steps"] == 6
     again = ["--resume", "--out_dir", tmp_path / "out"]
-    assert settings(*again)["max_steps"] == 18
+    assert settings(*again)["max_steps"] == 12
     done = run_here(*again, "--epochs", 3.5)
-    assert "max_steps 18 → 21" in done.stdout and list(log_of(tmp_path / "out")["train"])[-1] == 20
+    assert "max_steps 12 → 21" in done.stdout and list(log_of(tmp_path / "out")["train"])[-1] == 20
 
 
 def test_many_epochs_are_warned_about(base, tmp_path):
