@@ -501,6 +501,7 @@ def test_the_command_line_is_an_independent_witness(one, saved, data):
     assert str(result) == f"41 acc: {acc:.4f} acc_norm: {acc_norm:.4f} ± {stderr:.4f}"
 
 
+@pytest.mark.faults
 def test_two_processes_share_the_items(saved, data, tmp_path):
     """evaluate(), as a run under torchrun calls it, in two processes: both get the whole table."""
     script = tmp_path / "two.py"
