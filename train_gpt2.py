@@ -74,7 +74,7 @@ class Config:
     vocab_size: int = PADDED_VOCAB_SIZE  # rows of the vocabulary
     # batch and data order
     total_batch_size: int = 524288  # tokens per update, 2**19: 0.5M in GPT-3 table 2.1
-    batch_ramp_steps: int = 0  # so long the batch is 1/8, then 1/4, then 1/2 of total_batch_size
+    batch_ramp_steps: int = 0  # updates with 1/8, then 1/4, then 1/2 of total_batch_size
     micro_batch_size: int | Literal["auto"] = "auto"  # sequences on one device at a time
     seq_len: int = 1024  # tokens per sequence
     shuffle: bool = True  # visit the training windows in a new order each epoch
@@ -98,7 +98,7 @@ class Config:
     val_tokens: int = 10485760  # of the validation split, 20 * 2**19; the same ones every time
     hellaswag_data: str = "hellaswag/hellaswag_val.jsonl"  # downloaded to here if nothing is there
     # sampling
-    prompt: str = "Hello, I'm a language model,"  # samples begin with it; "-": read prompts
+    prompt: str = "Hello, I'm a language model,"  # samples begin with it; "-": from stdin
     sample_tokens: int = 32  # new tokens per sample
     temperature: float = 1.0  # 0 = always the likeliest token
     top_k: int = 50  # draw from the k likeliest tokens (0 = all)
@@ -1008,8 +1008,8 @@ class Log:
             with fineweb.blame(f"{self.path} cannot be written", remedy):
                 for stream, value in values.items():
                     self.file.write(f"{step} {stream} {value:.12f}\n")
-                for watch in self.watchers:
-                    watch(values, step)
+            for watch in self.watchers:
+                watch(values, step)
         if self.left_out == 20:
             give_up(self.config, f"20 updates in a row were left out, the last one in step {step}")
 
@@ -1033,14 +1033,14 @@ def note_run(config, first_step):
 
 
 def watchers(config, first_step):
-    """A function of ({stream: value}, step) for each of --tensorboard and --wandb. Every start is a
-    run of its own there; those of one folder are a group."""
+    """A function of ({stream: value}, step) for each of --tensorboard and --wandb. In Weights &
+    Biases every start is a run of its own; those of one folder are a group."""
     found, run = [], f"{config.out_dir} from step {first_step}"
     if config.tensorboard:
         with fineweb.blame("--tensorboard cannot work here", "pip install tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(Path(config.out_dir) / "tensorboard")
+            board = SummaryWriter(Path(config.out_dir) / "tensorboard", purge_step=first_step)
 
         def to_tensorboard(values, step):
             for stream, value in values.items():
@@ -1145,7 +1145,7 @@ def announce(config, model, loader, val_loader, checkpoint):
     compiled, V = "compiled" if config.compile else "not compiled", model.config.vocab_size
     total, tokens = config.total_batch_size, loader.n_tokens
     accum, epochs = total // (B * T * processes), tokens_before(config.max_steps, config) / tokens
-    usual = asdict(Config(**PRESETS["demo"] if config.demo else {}))
+    usual = asdict(DEMO if config.demo else Config())
     given = {name: value for name, value in asdict(config).items() if value != usual[name]}
     lines = [
         "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -1333,6 +1333,7 @@ PRESETS = {  # what flags of these names, and --model, set; any other flag overr
     ),
     "gpt3-125M": dict(seq_len=2048),
 }
+DEMO = Config(**PRESETS["demo"])
 SHAPE = ["model", "n_layer", "n_head", "n_embd", "block_size", "vocab_size"]
 BATCHES = ["total_batch_size", "batch_ramp_steps", "seq_len"]
 BATCHES += ["shuffle", "seed", "overfit_one_batch"]
