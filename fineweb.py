@@ -31,6 +31,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -578,6 +579,7 @@ def build(config):
     buffer, filled = np.empty(config.shard_size, np.uint16), 0
     chunks = list_chunks(files, config.text_column, start)
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds
+    begun = time.perf_counter()
     with tqdm(initial=before, unit="tok", unit_scale=True, mininterval=interval) as bar:
         for (f, c), share, (ids, skips) in tokenize_all(chunks, config.workers):
             used = start[2] if [f, c] == start[:2] else 0
@@ -594,7 +596,6 @@ def build(config):
                 buffer[filled : filled + taken] = ids[used : used + taken]
                 filled, used = filled + taken, used + taken
             skipped += skips
-        seconds = bar.format_dict["elapsed"]
     if not shards and not filled:
         raise UserError(f"{config.source} has no text in {config.text_column}; see --text_column")
     tenth = max(1, filled // 10) if not shards and config.rank == 0 else 0
@@ -604,7 +605,7 @@ def build(config):
     manifest |= {"consumed": [len(files), 0, 0], "skipped": skipped, "complete": True}
     save_manifest(out, manifest)
     tokens, documents = (sum(s[key] for s in shards) for key in ("tokens", "documents"))
-    rate = (tokens - before) / seconds
+    rate = (tokens - before) / (time.perf_counter() - begun)
     skips = f"skipped {skipped['empty']} empty, {skipped['no string']} without text"
     print(
         f"{out}: {len(shards)} shards, {tokens:,} tokens, {documents:,} documents ({skips}), "

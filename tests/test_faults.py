@@ -1,5 +1,5 @@
 """What may befall a run that takes a week, fault by fault; T1 to T20 are their kinds. Tests that
-start many processes are marked `faults`: `python -m pytest -m "faults or not faults"` runs all."""
+start many processes are marked `faults`: `python -m pytest -n 0 -m faults` runs them."""
 
 import json
 import os
