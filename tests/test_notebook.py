@@ -24,7 +24,7 @@ def test_the_notebook_runs_in_a_fresh_folder_without_a_network(tmp_path, monkeyp
     assert text.count("> The function returns") == 4
     assert "HellaSwag was not scored in this run" in text  # instead of an empty panel
     assert "no ladder.json here" in text
-    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 17
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 16
 
 
 def test_what_is_stored_is_small_whole_and_names_no_machine():
