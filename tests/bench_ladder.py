@@ -172,8 +172,10 @@ def full_cross_entropy(lm_head, x, targets):
 def build(rung, options, device):
     if rung.tf32:
         torch.set_float32_matmul_precision("high")
-    if rung.keep:
-        (getattr(train_gpt2, "use_cpu_well", None) or train_gpt2.keep_freed_memory)()
+    if rung.keep or device.type == "cuda":
+        named = ("use_cpu_well", "keep_freed_memory")  # by older commits
+        older = [getattr(train_gpt2, name) for name in named if hasattr(train_gpt2, name)]
+        older[0]() if older else train_gpt2.use_well(device)
     # else bfloat16's attention without flash is done in float32
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if not rung.plain:
