@@ -838,7 +838,7 @@ def save_hugging_face(model, directory):
         **dict(bos_token_id=end, eos_token_id=end, pad_token_id=end),
         **dict(architectures=["GPT2LMHeadModel"], dtype="float32"),
     )
-    state = {name: transpose_conv1d(name, t) for name, t in model.state_dict().items()}
+    state = {name: transpose_conv1d(name, t.cpu()) for name, t in model.state_dict().items()}
     del state["lm_head.weight"]  # tied
     state["transformer.wte.weight"] = model.transformer.wte.weight[:n_ids]
     directory.mkdir(parents=True, exist_ok=True)

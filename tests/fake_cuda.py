@@ -1,8 +1,8 @@
 """What test_without_gpu.py runs in a process of its own: GPT-2's training on tensors of a CUDA
-device that only pretends. They have shapes, dtypes and a device, but no numbers: whatever would wait
-for one, as .item() does, raises.
+device that only pretends. They have shapes, dtypes and a device, but no numbers: whatever would
+wait for one, as .item() does, raises.
 
-    python tests/fake_cuda.py fake_cuda.so  # which fake_cuda.cpp makes, for a CPU build of PyTorch
+    python tests/fake_cuda.py fake_cuda.so  # made of fake_cuda.cpp, for a CPU build of PyTorch
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""What only a GPU can show. These run on any machine with CUDA, and have not been run on one yet.
+"""What only a GPU can show. These run on any machine with CUDA; on_gpu.sh starts them.
 DEVICE=cpu runs those that need no CUDA function on a CPU, to find slips of the pen."""
 
 import math
