@@ -125,7 +125,7 @@ def candidates(cuda, base):
         "view": ("DDP, gradients in its buckets", dict(ddp=dict(gradient_as_bucket_view=True))),
         "static": ("DDP, static graph", dict(ddp=dict(static_graph=True))),
         "fa2": ("FlashAttention-2", dict(kernel="FLASH_ATTENTION")),
-        "residual": ("residual stream in bfloat16", dict(residual=True)),
+        "residual": ("residual stream in bfloat16", dict(residual=True, dtype="bfloat16")),
         "coordinate": ("coordinate descent", dict(inductor="coordinate_descent_tuning")),
         "combo": ("combo kernels", dict(inductor="combo_kernels")),
     }

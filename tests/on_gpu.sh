@@ -17,16 +17,17 @@ mkdir -p "$out" && echo "everything is in $out" >&2
 
 # Sizes: a batch of the recipe; SMALL: what a CPU does in seconds
 batch="--total_batch_size 524288" half="--total_batch_size 65536 --micro_batch_size 16"
-bench="--steps 10 --rounds 1" ladder="" big=64 sizes="16 128" tests=""
+bench="--steps 10 --rounds 1" big=64 sizes="16 128" tests=""
+ladder="--rungs float32 tf32 bfloat16 compile flash vocab fused loss eager shipped"
 variants="none late adamw fa2 cudnn residual coordinate combo autotune"
 if [ "${SMALL:-}" ]; then
     batch="--n_layer 1 --n_head 1 --n_embd 32 --seq_len 64 --total_batch_size 2048"
-    half="$batch --micro_batch_size 8" batch="$batch --compile"
+    half="$batch --micro_batch_size 8" batch="$batch --compile" val=4096
     bench="--steps 1 --rounds 1 --seq_len 16" big=2 sizes=1 tests="attention or cached or adamw"
-    ladder="--rungs float32 bfloat16 eager shipped" variants="none fa2 residual coordinate"
+    ladder="--rungs float32 shipped" variants="none fa2 residual"
     [ -s "$items" ] && head -20 "$items" >"$out/items.jsonl" && items=$out/items.jsonl
 fi
-often="--warmup_steps 4 --val_every 10 --val_tokens 65536 --sample_every 10 --save_every 10"
+often="--warmup_steps 4 --val_every 10 --val_tokens ${val:-65536} --sample_every 10 --save_every 10"
 common="--device $device --data_dir $out/data $often"
 hella="--hellaswag_every 0"
 [ -s "$items" ] && hella="--hellaswag_every 10 --hellaswag_data $items"
@@ -72,7 +73,7 @@ part machine '.*' python -c "
 import torch
 print(torch.__version__, 'cuDNN', torch.backends.cudnn.version())
 print(*(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), sep=', ')"
-part data '.*' python -c "import fineweb; fineweb.build_demo('$out/data')"
+part data '^$' python -c "import fineweb; fineweb.build_demo('$out/data')"
 
 # 1. Correctness: precisions, attention's kernels, gradients compiled and eager, no step that waits
 part correctness '[0-9]+ (passed|failed).*' python -m pytest tests/test_cuda.py -k "$tests"
@@ -114,7 +115,9 @@ else
 fi
 
 # 5. Throughput: the ladder; variants of its last rung; other micro-batches. 6. A profile
-rungs() { TORCH_LOGS= python tests/bench_ladder.py --device "$device" $bench "$@" 2>>"$out/stderr"; }
+rungs() {
+    TORCH_LOGS= python tests/bench_ladder.py --device "$device" $bench "$@" 2>>"$out/stderr"
+}
 part ladder '^$' rungs $ladder --json "$out/ladder.json"
 part variants '^$' rungs --batch $big --rungs $variants --json "$out/variants.json"
 for B in $sizes; do part "batch_$B" '^$' rungs --batch "$B" --rungs none; done
