@@ -9,7 +9,7 @@ code, on this device.
     python tests/bench_ladder.py --rungs ddp view static  # all GPUs; two processes on a CPU
     python tests/bench_ladder.py --data edu_fineweb10B --steps 47 --rounds 1 --rungs shipped auto
     python tests/bench_ladder.py --batch 64 --rungs none fa2 cudnn residual coordinate combo  # CUDA
-    python tests/bench_ladder.py --rungs none --profile profile.txt  # where the time goes
+    python tests/bench_ladder.py --rungs none --profile profile.md  # where the time goes
     python tests/bench_ladder.py --base DIR --rungs base eager  # DIR: a checkout of another commit
 
 Prints a Markdown table; asserts nothing. Every rung is a process of its own, so that its peak
@@ -157,7 +157,7 @@ class Options:
     base: Path | None = None  # a checkout of another commit: its default step is the rung `base`
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     json: Path | None = None  # write all figures to this file
-    profile: Path | None = None  # write a table of what three more steps do to this file
+    profile: Path | None = None  # write a table of where three more steps spend their time
     child: str = ""  # internal: measure this rung and print JSON
 
 
@@ -228,6 +228,22 @@ def make_scaler(rung, dtype, device):
     return torch.amp.GradScaler(device.type, enabled=False)
 
 
+def busiest(profiler, device):
+    """Markdown: the twenty kernels, on a CPU operations, that take most of the device's time."""
+    name = device.type.upper()
+    events = [e for e in profiler.key_averages() if e.device_type.name == name]
+    times = {
+        e: e.self_device_time_total if name == "CUDA" else e.self_cpu_time_total
+        for e in events
+        if not e.is_user_annotation
+    }
+    lines = ["| what | calls | ms | share |", "|---|---:|---:|---:|"]
+    for e in sorted(times, key=times.get, reverse=True)[:20]:
+        share = times[e] / sum(times.values())
+        lines.append(f"| `{e.key[:90]}` | {e.count} | {times[e] / 1e3:.1f} | {share:.1%} |")
+    return "\n".join(lines)
+
+
 def measure(rung, options):
     """One JSON line: seconds of each step, losses, peak bytes, floating point operations per
     token."""
@@ -282,9 +298,7 @@ def measure(rung, options):
             for _ in range(3):
                 training_step(model, made[:accum], *count, optimizer, scaler, inner, 1.0)
             torch.get_device_module(device).synchronize()
-        order = f"self_{device.type}_time_total"
-        table = profiler.key_averages().table(order, row_limit=60, max_name_column_width=90)
-        options.profile.write_text(table)
+        options.profile.write_text(busiest(profiler, device))
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:

@@ -17,12 +17,12 @@ mkdir -p "$out" && echo "everything is in $out" >&2
 
 # Sizes: a batch of the recipe; SMALL: what a CPU does in seconds
 batch="--total_batch_size 524288" half="--total_batch_size 65536 --micro_batch_size 16"
-bench="--steps 10 --rounds 1" big=64 sizes="16 128" tests=""
+bench="--steps 10 --rounds 1" steps=40 big=64 sizes="16 128" tests=""
 ladder="--rungs float32 tf32 bfloat16 compile flash vocab fused loss eager shipped"
 variants="none late adamw fa2 cudnn residual coordinate combo autotune"
 if [ "${SMALL:-}" ]; then
     batch="--n_layer 1 --n_head 1 --n_embd 32 --seq_len 64 --total_batch_size 2048"
-    half="$batch --micro_batch_size 8" batch="$batch --compile" val=4096
+    half="$batch --micro_batch_size 8" batch="$batch --compile" val=4096 steps=3
     bench="--steps 1 --rounds 1 --seq_len 16" big=2 sizes=1 tests="attention or cached or adamw"
     ladder="--rungs float32 shipped" variants="none fa2 residual"
     [ -s "$items" ] && head -20 "$items" >"$out/items.jsonl" && items=$out/items.jsonl
@@ -83,7 +83,7 @@ part train "$speed" $one $batch $hella --out_dir "$out/a" --max_steps 20
 part resume 'resuming.*|step +2[0-9]/.*loss [0-9.]+' \
     $one $hella --out_dir "$out/a" --max_steps 24 --resume
 newest=$(ls -d "$out"/a/step_* | tail -1)
-part sample '^> .*' python train_gpt2.py --device "$device" --sample_only --init_from "$newest"
+part sample '^> .{9,70}' python train_gpt2.py --device "$device" --sample_only --init_from "$newest"
 [ -s "$items" ] && part hellaswag '[0-9]+ acc: .*' \
     python hellaswag.py --device "$device" --model "$newest" --data "$items"
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
@@ -94,7 +94,7 @@ gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 part two_ranks "$speed" $two $half $hella --out_dir "$out/b" --max_steps 12
 part one_rank "$speed" $run $half $hella --out_dir "$out/c" --max_steps 12
 part two_against_one '.* differs by .*' compare "$out/b" "$out/c"
-part float16 'update left out|step +39/.*loss [0-9.]+' $run $half --dtype float16 --max_steps 40 \
+part float16 'step +[0-9]+/.*loss [0-9.]+' $run $half --dtype float16 --max_steps $steps \
     --hellaswag_every 0 --sample_every 0 --save_every 0 --out_dir "$out/d"
 
 # 4. Out of memory: one sentence; and what `auto` takes beside another process's 60%
@@ -116,12 +116,12 @@ fi
 
 # 5. Throughput: the ladder; variants of its last rung; other micro-batches. 6. A profile
 rungs() {
-    TORCH_LOGS= python tests/bench_ladder.py --device "$device" $bench "$@" 2>>"$out/stderr"
+    env -u TORCH_LOGS python tests/bench_ladder.py --device "$device" $bench "$@" 2>>"$out/stderr"
 }
 part ladder '^$' rungs $ladder --json "$out/ladder.json"
 part variants '^$' rungs --batch $big --rungs $variants --json "$out/variants.json"
 for B in $sizes; do part "batch_$B" '^$' rungs --batch "$B" --rungs none; done
-part profile '^$' rungs --batch $big --rungs none --profile "$out/profile.txt"
+part profile '^$' rungs --batch $big --rungs none --profile "$out/profile.md"
 
 {
     echo "## On a GPU"
@@ -131,8 +131,7 @@ part profile '^$' rungs --batch $big --rungs none --profile "$out/profile.txt"
     cat "$out/parts.md"
     for log in ladder variants; do printf '\n'; cat "$out/$log.log"; done
     for B in $sizes; do tail -1 "$out/batch_$B.log"; done
-    printf '\nWhere the time of three steps goes:\n\n```\n'
-    cut -c1-150 "$out/profile.txt" | head -24
-    printf '```\n'
+    printf '\nWhere the time of three steps goes:\n\n'
+    cat "$out/profile.md"
 } | tee "$out/report.md"
 ! grep -q '| NO:' "$out/parts.md"

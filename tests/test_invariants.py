@@ -292,7 +292,6 @@ def test_8_two_graphs_are_made_in_the_first_step_and_none_later(tmp_path, monkey
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(train_gpt2, "training_step", step)
     monkeypatch.setattr(train_gpt2, "catch_signals", lambda: None)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     items = [
         hellaswag.Item(i, 0, [5] * (3 + i), [[7] * n for n in (1, 4, 2, 9)], [1] * 4)
         for i in range(9)
@@ -304,7 +303,8 @@ def test_8_two_graphs_are_made_in_the_first_step_and_none_later(tmp_path, monkey
     rest = dict(total_batch_size=256, micro_batch_size=4, max_steps=3, warmup_steps=1)
     folders = dict(data_dir=str(write_shards(tmp_path / "shards")), out_dir=str(tmp_path / "out"))
     machine = dict(device="cpu", dtype="bfloat16", compile=True, sample_tokens=4)
-    train_gpt2.train(Config(**shape, **often, **rest, **folders, **machine))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        train_gpt2.train(Config(**shape, **often, **rest, **folders, **machine))
     assert made == [2, 2, 2] and counter.frame_count == 2
     assert not torch._dynamo.utils.counters["graph_break"]
     assert set(log_of(tmp_path / "out")["hella"]) == {0, 1, 2, 3}
