@@ -23,11 +23,11 @@ from train_gpt2 import Config, newest_checkpoint, pick_device, usual_config, use
 # -- two processes: the compiled model in DDP is cut into buckets, compiled once, and equals eager
 
 
-def ddp_worker(rank, port, folder):
+def ddp_worker(rank, ports, folder):
     """train() itself, eager and then compiled. Writes down the graphs that were made in each step's
     validation and in its update."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     graphs, made = [], []
     real_compile, real_step = torch.compile, train_gpt2.training_step
 
@@ -53,7 +53,8 @@ def ddp_worker(rank, port, folder):
     batch = dict(total_batch_size=256, micro_batch_size=2, max_steps=3, warmup_steps=1)
     often = dict(val_every=1, val_tokens=256, hellaswag_every=0, sample_every=0, save_every=0)
     where = dict(device="cpu", dtype="float32", data_dir=f"{folder}/shards")
-    for compiled in (False, True):
+    for compiled, port in zip((False, True), ports):  # or one could meet the other's last run
+        os.environ["MASTER_PORT"] = str(port)
         out = dict(compile=compiled, out_dir=f"{folder}/{compiled}")
         train_gpt2.train(Config(**shape, **batch, **often, **where, **out))
     (folder / f"made{rank}.json").write_text(json.dumps(made))
@@ -62,10 +63,11 @@ def ddp_worker(rank, port, folder):
 @pytest.mark.faults
 def test_compiled_ddp_equals_eager_and_is_cut_into_buckets_once(tmp_path):
     write_shards(tmp_path / "shards")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(ddp_worker, (port, tmp_path), nprocs=2)
+    with socket.socket() as a, socket.socket() as b:
+        a.bind(("127.0.0.1", 0))
+        b.bind(("127.0.0.1", 0))
+        ports = a.getsockname()[1], b.getsockname()[1]
+    mp.spawn(ddp_worker, (ports, tmp_path), nprocs=2)
     made, other = (json.loads((tmp_path / f"made{rank}.json").read_text()) for rank in (0, 1))
     assert made == other
     eager, compiled = (log_of(tmp_path / str(compiled)) for compiled in (False, True))
