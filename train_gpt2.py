@@ -498,10 +498,9 @@ def init_processes(device_name="auto"):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name, local_rank)
+    use_well(device)  # its memory, and the processor's cores
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif device.type == "cpu":
-        use_cpu_well()
     if "RANK" in os.environ and device.type == "cuda":
         dist.init_process_group("nccl", device_id=device)
     elif "RANK" in os.environ:
@@ -516,6 +515,8 @@ def pick_device(name="auto", local_rank=0):
         name = next(device for device in have if have[device])
     if not have[name]:
         raise UserError(f"--device {name}: there is none here; --device auto takes what there is")
+    if torch.cuda.device_count() == 1 and not dist.is_torchelastic_launched():
+        local_rank = 0  # Slurm may show each process only the GPU that is its own
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
@@ -574,10 +575,10 @@ def train(config, checkpoint=None):
     mixed = config.dtype != "float32"
     autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=mixed)
     raw_model = build_model(config, checkpoint).to(device)  # new (by --seed), loaded or resumed
-    # torch.compile joins the operations between matrix products: fewer trips to memory. It compiles
-    # anew for each shape, so samples and HellaSwag, which have many, take raw_model.
+    # torch.compile joins what stands between matrix products: fewer trips to memory. It compiles anew
+    # for each shape, so samples and HellaSwag take raw_model. DDP averages gradients, in place.
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
-    ddp_model = DDP(model) if world_size > 1 else model  # for training: averages gradients
+    ddp_model = DDP(model, gradient_as_bucket_view=True) if world_size > 1 else model
     optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
     # float16 rounds small gradients to 0, so a scaler multiplies the loss by a large number, and
     # adapts it. For bfloat16 and float32 that number stays 1: all that the scaler still does is
@@ -837,7 +838,7 @@ def save_hugging_face(model, directory):
         **dict(bos_token_id=end, eos_token_id=end, pad_token_id=end),
         **dict(architectures=["GPT2LMHeadModel"], dtype="float32"),
     )
-    state = {name: transpose_conv1d(name, t) for name, t in model.state_dict().items()}
+    state = {name: transpose_conv1d(name, t.cpu()) for name, t in model.state_dict().items()}
     del state["lm_head.weight"]  # tied
     state["transformer.wte.weight"] = model.transformer.wte.weight[:n_ids]
     directory.mkdir(parents=True, exist_ok=True)
@@ -1072,10 +1073,13 @@ def read_log(path):
 
 # The screen -----------------------------------------------------------------------------------
 
-PEAK_TFLOPS = (  # dense bfloat16, or float16, by NVIDIA's data sheets; the first that fits counts
+PEAK_TFLOPS = (  # dense bfloat16, or float16, by NVIDIA's data sheets, half of what they give with
+    # sparsity (GB200, GB300: those of NVL72); RTX: its white papers. The first that fits counts
     {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989}
-    | {"B200": 2250, "A100": 312, "V100": 125, "T4": 65, "A40": 150, "A10G": 70, "A10": 125}
-    | {"L40S": 362, "L4": 121, "A6000": 155, "3090": 71, "4090": 165, "5090": 209}
+    | {"H800 PCIe": 756, "H800": 989, "H20": 148, "B200": 2250, "GB200": 2500, "B300": 2250}
+    | {"GB300": 2500, "A100": 312, "A800": 312, "V100": 125, "T4": 65, "A40": 150, "A10G": 70}
+    | {"A10": 125, "L40S": 362, "L40": 181, "L4": 121, "A6000": 155, "RTX 6000 Ada": 364}
+    | {"RTX PRO 6000 Blackwell Workstation": 504, "3090": 71, "4090": 165, "5090": 209}
 )
 
 
@@ -1104,7 +1108,8 @@ class Progress:
     def __init__(self, config, model, device, world_size):
         self.config, self.typical, self.steps = config, None, 0  # typical: seconds per token
         self.flops = flops_per_token(model, config.seq_len)
-        self.peak = (peak_flops(device) or math.inf) * world_size
+        known = peak_flops(device) if config.dtype != "float32" else None  # float32 has another
+        self.peak = (known or math.inf) * world_size
 
     def __call__(self, step, norm, seconds):
         config, tokens = self.config, get_batch_size(step, self.config)
@@ -1255,15 +1260,21 @@ class CPUCrossEntropy(torch.autograd.Function):
         return d_x.mul_(d_loss / ctx.n), d_weight.mul_(d_loss / ctx.n), None
 
 
-def use_cpu_well():
-    """Have glibc keep what is freed, instead of returning each large tensor to the system and
-    fetching its pages anew in the next step. And share all cores between torchrun's processes: it
-    allows each of them one."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+def use_well(device):
+    """On a CPU, have glibc keep what is freed, instead of returning each large tensor to the system
+    and fetching its pages anew in the next step. On a GPU, let PyTorch's pieces of memory grow, so
+    that less is lost between them (WSL cannot: pytorch issue 192330). And share all cores between
+    torchrun's processes: it allows each one thread, and PyTorch each a compiler on every core."""
+    linux, told = sys.platform == "linux", any("ALLOC_CONF" in name for name in os.environ)
+    if device.type == "cuda" and linux and not told and "microsoft" not in platform.release():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    elif device.type == "cpu" and linux and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap, too
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if local := int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
-        torch.set_num_threads(max(1, os.cpu_count() // local))
+        cores = max(1, os.cpu_count() // local)
+        torch.set_num_threads(cores)
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores)))
 
 
 def bfloat16_pays():
@@ -1444,7 +1455,8 @@ def explain(error):
     text = " ".join(str(chain[-1]).split())[:200]
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(chain[-1], (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
+    no_room = ("out of memory", "can't allocate", "ALLOC_FAILED")  # CUDA and MPS, CPU, cuBLAS
+    if isinstance(chain[-1], MemoryError) or any(words in text for words in no_room):
         return "out of memory; give a smaller --micro_batch_size, the batch stays the same"
     if isinstance(error, (BackendCompilerFailed, GPUTooOldForTriton, TritonMissing)):
         return f"torch.compile cannot work here ({text}); add --no-compile"

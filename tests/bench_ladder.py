@@ -8,13 +8,15 @@ code, on this device.
     python tests/bench_ladder.py --accum 4 --rungs none late adamw casts  # what is not done
     python tests/bench_ladder.py --rungs ddp view static  # all GPUs; two processes on a CPU
     python tests/bench_ladder.py --data edu_fineweb10B --steps 47 --rounds 1 --rungs shipped auto
+    python tests/bench_ladder.py --batch 64 --rungs none fa2 cudnn residual coordinate combo  # CUDA
+    python tests/bench_ladder.py --rungs none --profile profile.md  # where the time goes
     python tests/bench_ladder.py --base DIR --rungs base eager  # DIR: a checkout of another commit
 
 Prints a Markdown table; asserts nothing. Every rung is a process of its own, so that its peak
-memory is its own, and all rungs take turns, `rounds` times, because machines are noisy. "Shipped"
-is the form of the lecture's repository: bfloat16, eager, flash attention, vocabulary 50304, fused
-AdamW, logits of all positions in float32, memory as the system manages it, no GradScaler, and a
-synchronisation in each step.
+memory is its own, and all rungs take turns, `rounds` times, because machines are noisy. MFU is of
+bfloat16's peak, on each rung. "Shipped" is the form of the lecture's repository: bfloat16, eager,
+flash attention, vocabulary 50304, fused AdamW, logits of all positions in float32, memory as the
+system manages it, no GradScaler, and a synchronisation in each step.
 """
 
 import inspect
@@ -74,6 +76,9 @@ class Rung:
     adamw: bool = False  # AdamW and clipping compiled
     casts: bool = False  # one autocast around all micro-steps: weights are cast once per step
     ddp: dict | None = None  # arguments of DDP, with two processes or as many as there are GPUs
+    kernel: str = ""  # of attention, an SDPBackend, instead of PyTorch's choice
+    inductor: str = ""  # a switch of torch._inductor.config that is turned on
+    residual: bool = False  # the residual stream in bfloat16
 
 
 def ladder(cuda):
@@ -119,8 +124,14 @@ def candidates(cuda, base):
         "ddp": ("DDP", dict(ddp={})),
         "view": ("DDP, gradients in its buckets", dict(ddp=dict(gradient_as_bucket_view=True))),
         "static": ("DDP, static graph", dict(ddp=dict(static_graph=True))),
+        "fa2": ("FlashAttention-2", dict(kernel="FLASH_ATTENTION")),
+        "residual": ("residual stream in bfloat16", dict(residual=True, dtype="bfloat16")),
+        "coordinate": ("coordinate descent", dict(inductor="coordinate_descent_tuning")),
+        "combo": ("combo kernels", dict(inductor="combo_kernels")),
     }
-    if not cuda:
+    if cuda:
+        changes["cudnn"] = ("cuDNN's attention", dict(kernel="CUDNN_ATTENTION"))
+    else:
         changes["flash_cpu"] = ("flash attention", dict(plain=False, dtype="bfloat16"))
     if base:
         name = f"the step of {commit(base) or base}, no compile"
@@ -146,6 +157,7 @@ class Options:
     base: Path | None = None  # a checkout of another commit: its default step is the rung `base`
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     json: Path | None = None  # write all figures to this file
+    profile: Path | None = None  # write a table of where three more steps spend their time
     child: str = ""  # internal: measure this rung and print JSON
 
 
@@ -172,8 +184,10 @@ def full_cross_entropy(lm_head, x, targets):
 def build(rung, options, device):
     if rung.tf32:
         torch.set_float32_matmul_precision("high")
-    if rung.keep:
-        (getattr(train_gpt2, "use_cpu_well", None) or train_gpt2.keep_freed_memory)()
+    if rung.keep or device.type == "cuda":
+        named = ("use_cpu_well", "keep_freed_memory")  # by older commits
+        older = [getattr(train_gpt2, name) for name in named if hasattr(train_gpt2, name)]
+        older[0]() if older else train_gpt2.use_well(device)
     # else bfloat16's attention without flash is done in float32
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if not rung.plain:
@@ -194,6 +208,14 @@ def build(rung, options, device):
         optimizer.step = torch.compile(optimizer.step)
         clip = torch.compile(torch.nn.utils.clip_grad_norm_)
         torch.nn.utils.clip_grad_norm_ = lambda params, most: clip(list(params), most)
+    if rung.residual:
+        raw.transformer.h[0].register_forward_pre_hook(
+            lambda h, args: (args[0].bfloat16(), args[1])
+        )
+    if rung.inductor:
+        import torch._inductor.config as inductor
+
+        setattr(inductor, rung.inductor, True)
     model = torch.compile(raw, dynamic=False, mode=rung.mode) if rung.compile else raw
     if rung.ddp is not None:
         model = DistributedDataParallel(model, **rung.ddp)
@@ -204,6 +226,22 @@ def make_scaler(rung, dtype, device):
     if rung.scaler and hasattr(train_gpt2, "make_scaler"):  # older commits had none
         return train_gpt2.make_scaler(dtype, device)
     return torch.amp.GradScaler(device.type, enabled=False)
+
+
+def busiest(profiler, device):
+    """Markdown: the twenty kernels, on a CPU operations, that take most of the device's time."""
+    name = device.type.upper()
+    events = [e for e in profiler.key_averages() if e.device_type.name == name]
+    times = {
+        e: e.self_device_time_total if name == "CUDA" else e.self_cpu_time_total
+        for e in events
+        if not e.is_user_annotation
+    }
+    lines = ["| what | calls | ms | share |", "|---|---:|---:|---:|"]
+    for e in sorted(times, key=times.get, reverse=True)[:20]:
+        share = times[e] / sum(times.values())
+        lines.append(f"| `{e.key[:90]}` | {e.count} | {times[e] / 1e3:.1f} | {share:.1%} |")
+    return "\n".join(lines)
 
 
 def measure(rung, options):
@@ -221,7 +259,8 @@ def measure(rung, options):
     # Before training_step counted the micro-batches, it wanted to be told their number.
     older = len(inspect.signature(training_step).parameters) == 7
     count = [options.accum] if older else []
-    kernels = nullcontext if rung.flash else partial(sdpa_kernel, SDPBackend.MATH)
+    kernel = getattr(SDPBackend, rung.kernel if rung.flash else "MATH", None)
+    kernels = nullcontext if kernel is None else partial(sdpa_kernel, kernel)
     B, T, accum, recipe = options.batch, options.seq_len, options.accum, train_gpt2.Config()
     if B == "auto":
         with kernels():
@@ -254,6 +293,12 @@ def measure(rung, options):
             end = time.perf_counter()
             seconds.append(end - start)
             start = end
+    if options.profile:
+        with kernels(), torch.profiler.profile() as profiler:
+            for _ in range(3):
+                training_step(model, made[:accum], *count, optimizer, scaler, inner, 1.0)
+            torch.get_device_module(device).synchronize()
+        options.profile.write_text(busiest(profiler, device))
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:

@@ -42,7 +42,7 @@ from train_gpt2 import (  # noqa: E402
     pick_dtype,
     read_ahead,
     training_step,
-    use_cpu_well,
+    use_well,
 )
 
 Part = Literal["loader", "permutation", "sampling", "evaluation", "checkpoint"]
@@ -219,8 +219,7 @@ def bench_checkpoint(setup, options):
 def main():
     options = tyro.cli(Options, description=__doc__)
     device = pick_device()
-    if device.type == "cpu":
-        use_cpu_well()
+    use_well(device)
     dtype = pick_dtype("auto", device)
     autocast = torch.autocast(device.type, getattr(torch, dtype), dtype != "float32")
     print(f"{heading(device)}. GPT-2 (124M), random weights, {dtype}.\n")

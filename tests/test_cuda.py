@@ -1,4 +1,4 @@
-"""What only a GPU can show. These run on any machine with CUDA, and have not been run on one yet.
+"""What only a GPU can show. These run on any machine with CUDA; on_gpu.sh starts them.
 DEVICE=cpu runs those that need no CUDA function on a CPU, to find slips of the pen."""
 
 import math
@@ -10,7 +10,16 @@ import torch
 from conftest import QUIET, log_of, run, write_shards
 
 import hellaswag
-from train_gpt2 import GPT, CachedDecoder, Config, GPTConfig, attention, pick_micro_batch_size
+from train_gpt2 import (
+    GPT,
+    CachedDecoder,
+    Config,
+    GPTConfig,
+    attention,
+    make_scaler,
+    pick_micro_batch_size,
+    training_step,
+)
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 CUDA = torch.cuda.is_available()
@@ -66,6 +75,24 @@ def test_float16_scales_leaves_out_and_goes_on(reference, tmp_path):
     train(reference[0], tmp_path / "out", "--device", "cuda", "--dtype", "float16", "--no-compile")
     losses = list(log_of(tmp_path / "out")["train"].values())
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 1
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_step_never_waits_for_the_device(dtype):
+    """fake_cuda.py shows it by tensors without numbers; here CUDA itself tells."""
+    model, device = small(), torch.device("cuda", 0)
+    optimizer, scaler = model.configure_optimizers(0.1, 1e-3), make_scaler(dtype, device)
+    autocast = torch.autocast("cuda", getattr(torch, dtype), enabled=dtype != "float32")
+    tokens = torch.randint(50257, (4, 65), device=device)
+    batches = [(tokens[:2, :-1], tokens[:2, 1:]), (tokens[2:, :-1], tokens[2:, 1:])]
+    step = [model, batches, optimizer, scaler, autocast, 1.0]
+    training_step(*step)  # the first one makes AdamW's moments
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training_step(*step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])

@@ -275,39 +275,39 @@ def test_7_sampling_equals_the_plain_loop_and_draws_no_padding(
 # 8
 
 
-def test_8_two_graphs_are_made_in_the_first_step_and_none_later(monkeypatch):
-    """Of the model that is trained and validated, through dynamo with a backend that only counts;
-    sampling and HellaSwag stand between, on the raw model, with shapes of their own."""
-    counter = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    torch._dynamo.reset()
-    raw = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
-    model = torch.compile(raw, backend=counter, fullgraph=True, dynamic=False)
-    optimizer, scaler = raw.configure_optimizers(0.1, 1e-3), make_scaler("float32", CPU)
-    autocast = torch.autocast("cpu", torch.bfloat16)
-    rng, made = np.random.default_rng(0), []
+def test_8_two_graphs_are_made_in_the_first_step_and_none_later(tmp_path, monkeypatch):
+    """In a run with four rounds of validation, HellaSwag and samples, two of checkpoints, and two
+    micro-steps per update, through dynamo with a backend that only counts."""
+    counter, made = CompileCounterWithBackend("eager"), []
+    real_compile, real_step = torch.compile, train_gpt2.training_step
 
-    def ids(n):
-        return rng.integers(0, 50257, size=n).tolist()
-
-    def batch():
-        tokens = torch.from_numpy(rng.integers(0, 50257, size=(4, 33)))
-        return tokens[:, :-1], tokens[:, 1:]
-
-    items = [
-        hellaswag.Item(i, 0, ids(rng.integers(5, 30)), [ids(5), ids(2), ids(7), ids(3)], [1] * 4)
-        for i in range(12)
-    ]
-    for step in range(3):
-        with torch.no_grad(), autocast:
-            model(*batch())
-            hellaswag.score(raw, items, "cpu", token_budget=256)
-            raw.generate(torch.tensor([ids(7)] * 4), 6)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 / (step + 1)
-        training_step(model, [batch(), batch()], optimizer, scaler, autocast, 1.0)
+    def step(*args):
+        result = real_step(*args)
         made.append(counter.frame_count)
-    assert made == [2, 2, 2] and not torch._dynamo.utils.counters["graph_break"]
+        return result
+
+    def compile(module, **flags):
+        return real_compile(module, backend=counter, fullgraph=True, **flags)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(train_gpt2, "training_step", step)
+    monkeypatch.setattr(train_gpt2, "catch_signals", lambda: None)
+    items = [
+        hellaswag.Item(i, 0, [5] * (3 + i), [[7] * n for n in (1, 4, 2, 9)], [1] * 4)
+        for i in range(9)
+    ]
+    monkeypatch.setattr(train_gpt2, "hellaswag_items", lambda *args: items)
+    torch._dynamo.reset()
+    shape = dict(n_layer=2, n_head=2, n_embd=32, seq_len=32, block_size=64)
+    often = dict(val_every=1, val_tokens=512, hellaswag_every=1, sample_every=1, save_every=2)
+    rest = dict(total_batch_size=256, micro_batch_size=4, max_steps=3, warmup_steps=1)
+    folders = dict(data_dir=str(write_shards(tmp_path / "shards")), out_dir=str(tmp_path / "out"))
+    machine = dict(device="cpu", dtype="bfloat16", compile=True, sample_tokens=4)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        train_gpt2.train(Config(**shape, **often, **rest, **folders, **machine))
+    assert made == [2, 2, 2] and counter.frame_count == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert set(log_of(tmp_path / "out")["hella"]) == {0, 1, 2, 3}
 
 
 # 9

@@ -127,6 +127,8 @@ def test_out_of_memory(base, tmp_path, monkeypatch):
     errors = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()]
     errors += [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")]
     errors += [InductorError(torch.OutOfMemoryError("CUDA out of memory"), None)]
+    errors += [RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")]
+    errors += [RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")]
     for i, error in enumerate(errors):
 
         def step(*args, error=error):

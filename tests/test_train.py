@@ -357,7 +357,7 @@ def test_compiled_training_and_validation_agree_with_eager(shards, tmp_path):
     assert done.stdout.count("> Hello, I'm a language model,") == 3 * 4
 
 
-def test_device_precision_and_peak(monkeypatch):
+def test_device_precision_and_peak(tiny, monkeypatch):
     cpu, cuda, mps = torch.device("cpu"), torch.device("cuda", 1), torch.device("mps")
     assert pick_device("cpu") == cpu and pick_dtype("float16", cpu) == "float16"
     assert peak_flops(cpu) is None
@@ -370,9 +370,15 @@ def test_device_precision_and_peak(monkeypatch):
     names = {"NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756}
     names |= {"NVIDIA H200": 989, "NVIDIA L4": 121, "NVIDIA L40S": 362, "Tesla T4": 65}
     names |= {"NVIDIA GeForce RTX 4090": 165, "NVIDIA A10G": 70, "Quadro P400": None}
+    names |= {"NVIDIA GB200": 2500, "NVIDIA B200": 2250, "NVIDIA B300 SXM6 AC": 2250}
+    names |= {"NVIDIA H20": 148, "NVIDIA H200 NVL": 835, "NVIDIA RTX 6000 Ada Generation": 364}
+    names |= {"NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 504, "NVIDIA L40": 181}
     for name, tflops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    for dtype, peak in (("bfloat16", 8 * 756e12), ("float32", math.inf)):  # inf: no MFU is shown
+        assert Progress(Config(dtype=dtype), tiny, torch.device("cuda"), 8).peak == peak
 
 
 def test_a_cpu_takes_bfloat16_if_its_products_are_faster(monkeypatch):
@@ -459,7 +465,8 @@ def test_help_names_the_contract():
 
 
 def test_importing_has_no_side_effect(tmp_path):
-    code = "import train_gpt2, torch.distributed as d; assert not d.is_initialized()"
+    code = "import sys, train_gpt2, torch.distributed as d; assert not d.is_initialized();"
+    code += "assert 'torch._inductor.config' not in sys.modules"  # it reads what use_well() sets
     env = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=env)
     assert [p for p in tmp_path.rglob("*") if "__pycache__" not in str(p)] == []

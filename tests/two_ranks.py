@@ -1,0 +1,21 @@
+"""Two processes of train_gpt2.py on ONE GPU, or more than one on each: DDP, its buckets and all
+collectives on CUDA tensors, over Gloo, because NCCL wants a GPU for each process.
+
+    torchrun --standalone --nproc_per_node=2 tests/two_ranks.py --micro_batch_size 16 ...
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch.distributed as dist  # noqa: E402
+
+import train_gpt2  # noqa: E402
+
+if __name__ == "__main__":
+    os.environ["LOCAL_RANK"] = "0"  # the GPU
+    init = dist.init_process_group
+    dist.init_process_group = lambda *args, **kw: init("gloo")
+    train_gpt2.main()
