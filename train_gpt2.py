@@ -575,7 +575,7 @@ def train(config, checkpoint=None):
     mixed = config.dtype != "float32"
     autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=mixed)
     raw_model = build_model(config, checkpoint).to(device)  # new (by --seed), loaded or resumed
-    # torch.compile joins what stands between matrix products: fewer trips to memory. It compiles anew
+    # torch.compile joins what is between matrix products: fewer trips to memory. It compiles anew
     # for each shape, so samples and HellaSwag take raw_model. DDP averages gradients, in place.
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
     ddp_model = DDP(model, gradient_as_bucket_view=True) if world_size > 1 else model
