@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import random
@@ -707,6 +708,7 @@ AWKWARD = {
 
 @pytest.mark.parametrize("case", AWKWARD)
 def test_s14_a_txt_file_in_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(fineweb, "chunks_done", itertools.repeat(0))  # else it begins anew often
     for seed, size in enumerate((16, 64, 1000, 10**6)):
         text = AWKWARD[case](random.Random(seed))
         named(tmp_path / "x.txt", text.encode())
@@ -725,19 +727,19 @@ def chunks_of(path):
 
 def test_s14_a_cut_is_where_a_word_begins_for_every_character():
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    texts = [f"{c} b" for c in characters[:0x3400] + characters[0x3400::16]]
-    texts += [f"{c},." for c in characters if c.isalnum()]
-    cuts = [(text, cut.end()) for text in texts if (cut := fineweb.CUT.search(text))]
-    assert len(cuts) > len(texts) - 50  # all but white space
-    encode = tokenizer().encode_ordinary_batch
-    parts = encode([text[:end] for text, end in cuts]), encode([text[end:] for text, end in cuts])
-    whole = encode([text for text, _ in cuts])
-    assert [one + two for one, two in zip(*parts)] == whole
+    texts = [f"{c} b" for c in characters[:0x3400:3] + characters[0x3400::200]]
+    texts += [f"{c},." for c in [c for c in characters if c.isalnum()][::9]]
+    texts = [text for text in texts if not text[0].isspace()]
+    encode = tokenizer().encode_ordinary
+    for text in texts:
+        end = fineweb.CUT.search(text).end()
+        assert encode(text[:end]) + encode(text[end:]) == encode(text), text
 
 
 def test_s14_a_txt_file_continues_amid_its_pieces(tmp_path, monkeypatch):
     text = " ".join(TEXTS)
     named(tmp_path / "in.txt", text.encode())
+    monkeypatch.setattr(fineweb, "chunks_done", itertools.repeat(0))
     monkeypatch.setattr(fineweb, "CHUNK", 3000, raising=False)
     for stop in (3, 9):
         out = tmp_path / str(stop)
