@@ -63,8 +63,6 @@ OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on Hugging Fa
 PARTS = ("ctx_a", "ctx_b")  # of the context, which the harness joins in its own way
 VOCAB_SLICE = 4096  # rows of the vocabulary at a time: all take gigabytes, and leave a CPU's cache
 
-Style = Literal["completion", "harness"]
-
 # Items -----------------------------------------------------------------------------------------
 
 
@@ -142,9 +140,8 @@ def check(where, number, line, style):
     """A line of the file, bytes, as a dict, with its index. UserError, beginning with `where`, if
     it is not fit for use."""
     with blame(f"{where} is not JSON", "mend or drop the line"):
-        record = json.loads(line)
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object; mend or drop the line")
+        if not isinstance(record := json.loads(line), dict):
+            raise UserError(f"{where} is not a JSON object; mend or drop the line")
     record = {"ind": number} | record
     for key in ("ind", "label"):  # which the hub's export has as text
         if isinstance(record.get(key), str) and re.fullmatch("[0-9]{1,9}", record[key]):
@@ -153,8 +150,7 @@ def check(where, number, line, style):
     bad = [k for k in texts if not isinstance(record.get(k), str) or not record[k].strip()]
     bad += [key for key in parts if not isinstance(record.get(key, ""), str)]
     bad = [f"{key} is missing, or no text, or empty" for key in bad]
-    endings = record.get("endings")
-    if not isinstance(endings, list) or len(endings) != 4:
+    if not isinstance(endings := record.get("endings"), list) or len(endings) != 4:
         bad += ["endings is missing or does not hold four"]
     elif not all(isinstance(e, str) and text_of(e, style).strip() for e in endings):
         bad += ["an ending is no text, or empty"]
@@ -246,8 +242,7 @@ def batches(rows, block_size, token_budget):
     runs out at once or never. token_budget: tokens in a batch, padding included."""
     rows = sorted(rows, key=lambda row: len(row.grid[0]), reverse=True)
     while rows:
-        # CUDA's kernels want masks of aligned rows.
-        T = min(math.ceil(len(rows[0].grid[0]) / 8) * 8, block_size)
+        T = min(-(-len(rows[0].grid[0]) // 8) * 8, block_size)  # CUDA's kernels want aligned rows
         B = max(1, token_budget // T)
         yield rows[:B], T
         rows = rows[B:]
@@ -430,7 +425,7 @@ class Config:
     model: str = "gpt2"  # gpt2 ... gpt2-xl, or a directory: a checkpoint such as log/step_19073
     data: Path = Path(DATA)  # JSON lines; hellaswag_val.jsonl is downloaded to here if not there
     limit: int | None = None  # score so many items, evenly spaced over the file
-    style: Style = "completion"  # see above
+    style: Literal["completion", "harness"] = "completion"  # see above
     json: Path | None = None  # write one line per item to this file
     compare: tuple[Path, Path] | None = None  # compare two such files, A and B; needs no model
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
