@@ -31,8 +31,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor, process
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -64,6 +63,7 @@ LEFTOVER = re.compile(  # what is no text below what --source names: hidden, or 
 CUT = re.compile(r"\S(?=[ \t\r\n])|[^\W_](?=[,.;:!?、。，！？])")
 CHUNK = 1 << 22  # bytes of JSON, or characters of a txt file, at a time
 ROW_GROUP = 64 << 20  # bytes; a larger row group of Parquet is not left to one worker
+chunks_done = itertools.count()  # by this process
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -114,8 +114,7 @@ def vocabulary(name):
 
 @functools.cache
 def tokenizer():
-    """A tiktoken.Encoding equal to tiktoken.get_encoding("gpt2"), whose own loader wants a network,
-    or a cache that it can write."""
+    """A tiktoken.Encoding equal to get_encoding("gpt2"), which wants a network or a cache."""
     from tiktoken_ext.openai_public import r50k_pat_str as pattern
 
     # The ids of encoder.json are the merge ranks (tiktoken asserts it). It spells printable Latin-1
@@ -174,8 +173,7 @@ def save_tokenizer(directory, context):
 
 def natural(name):
     """A key that sorts names with their numbers as numbers: 2 before 10."""
-    parts = re.split(r"(\d+)", str(name))
-    return [int(part) if part.isdecimal() else part for part in parts], str(name)
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), str(name)), str(name)
 
 
 def reading(path):
@@ -202,8 +200,7 @@ def list_shards(data_dir, split=None):
 
 
 def open_shard(path):
-    """A shard's token ids, (n,) uint16, n > 0, as a read-only memory map. UserError if it is not a
-    whole shard."""
+    """A shard's token ids, (n,) uint16, n > 0, a read-only memory map. UserError if it is none."""
     with blame(f"{path} is not a whole shard of uint16 tokens", "make it again"):
         size = os.path.getsize(path)
         if Path(path).suffix.lower() == ".bin":
@@ -393,8 +390,7 @@ def facts_of(files):
 
 @functools.lru_cache(maxsize=1)
 def open_parquet(path, column):
-    """A ParquetFile, kept open for its next row group. UserError if it lacks the column, or has no
-    text in it."""
+    """A ParquetFile, kept open for its next row group. UserError if the column is not of text."""
     from pyarrow.parquet import ParquetFile
 
     source = path
@@ -470,8 +466,6 @@ def list_chunks(files, column, start):
 
 # Texts -> ids, in worker processes --------------------------------------------------------------
 
-chunks_done = itertools.count()  # by this process
-
 
 def tokenize(path, column, content):
     """The ids of a chunk of list_chunks, (n,) uint16, and a Counter of the texts that were skipped,
@@ -534,9 +528,9 @@ def tokenize_all(chunks, workers):
             if interrupted.is_set():
                 raise KeyboardInterrupt
             yield *place, result
-    except BrokenProcessPool as error:
-        remedy = "perhaps for want of memory; give fewer --workers"
-        raise UserError(f"--workers: one was killed, {remedy}") from error
+    except process.BrokenProcessPool as error:
+        killed = "--workers: one was killed, perhaps for want of memory; give fewer"
+        raise UserError(killed) from error
     finally:
         signal.signal(signal.SIGINT, handler)
         pool.shutdown(cancel_futures=True)
@@ -546,8 +540,7 @@ def tokenize_all(chunks, workers):
 
 
 def write_whole(path, write):
-    """A file that takes its name when all that `write` puts into it, a binary file, is on the disk,
-    or never. UserError."""
+    """A binary file that takes its name when all of it is on the disk, or never. UserError."""
     temporary = path.with_name(path.name + ".tmp")
     remedy = "all shards before it stay, and the same command continues after them"
     with blame(f"{path} cannot be written", remedy):
@@ -587,8 +580,7 @@ def save_shard(out, manifest, split, ids):
 
 
 def open_manifest(config):
-    """The manifest, a dict, new or of the run to continue, and the source's files. UserError if the
-    config does not suit --out."""
+    """The manifest, new or to be continued, and our files. UserError if --out has another."""
     name = "manifest.json" if config.world_size == 1 else f"manifest_{config.rank:05d}.json"
     out, manifests = Path(config.out), read_manifests(config.out)
     commit, files = find_files(config, manifests.get(name))
@@ -654,7 +646,6 @@ def build(config):
                 buffer[filled : filled + taken] = ids[used : used + taken]
                 filled, used = filled + taken, used + taken
             skipped += skips
-        seconds = bar.format_dict["elapsed"]
     if not shards and not filled and config.world_size == 1:
         raise UserError(f"{config.source} has no text in {config.text_column}; see --text_column")
     if manifest.get("times") and facts_of(files)[1] != manifest["times"]:
@@ -666,7 +657,7 @@ def build(config):
     manifest |= {"consumed": [len(files), 0, 0], "skipped": skipped, "complete": True}
     save_manifest(out, manifest)
     tokens, documents = (sum(s[key] for s in shards) for key in ("tokens", "documents"))
-    rate = (tokens - before) / seconds
+    rate = (tokens - before) / bar.format_dict["elapsed"]
     skips = f"skipped {skipped['empty']} empty, {skipped['no string']} without text"
     made = f"{len(shards)} shards, {tokens:,} tokens, {documents:,} documents ({skips})"
     encoder = "gigatoken" if find_spec("gigatoken") else "tiktoken, for want of gigatoken"
