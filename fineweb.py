@@ -508,14 +508,10 @@ def tokenize_all(chunks, workers):
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for _ in range(workers):
         pool.submit(int)  # starts one
-    interrupted = threading.Event()
-
-    def interrupt(*_):
-        # Raised between chunks, because amid the pool's own locking it could leave a lock shut.
-        interrupted.set()
-        signal.signal(signal.SIGINT, handler)  # but a second Ctrl-C acts at once
-
-    signal.signal(signal.SIGINT, interrupt)
+    # Raised between chunks, because amid the pool's own locking it could leave a lock shut; but a
+    # second Ctrl-C acts at once.
+    again, interrupted = functools.partial(signal.signal, signal.SIGINT, handler), []
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(again()))
     chunks = iter(chunks)
     try:
         while True:  # one chunk at work and one waiting per worker: this bounds the memory
@@ -525,7 +521,7 @@ def tokenize_all(chunks, workers):
                 return
             *place, future = pending.popleft()
             result = future.result()
-            if interrupted.is_set():
+            if interrupted:
                 raise KeyboardInterrupt
             yield *place, result
     except process.BrokenProcessPool as error:
