@@ -267,13 +267,12 @@ def check_manifest(data_dir):
     return manifests
 
 
-def measure(path):
-    """A shard's ids, as of open_shard, and what a manifest notes of it, by the names of FACTS."""
-    ids = open_shard(path)
+def measure(path, ids):
+    """What a manifest notes of a shard that holds `ids`, by the names of FACTS."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     values = path.name, len(ids), path.stat().st_size, int(np.sum(ids == EOT)), digest
-    return ids, dict(zip(FACTS, values))
+    return dict(zip(FACTS, values))
 
 
 def verify(data_dir):
@@ -284,7 +283,7 @@ def verify(data_dir):
     for number, shard in tqdm(shards, unit="shard"):
         path = Path(data_dir, shard["name"])
         try:
-            ids, facts = measure(path)
+            facts = measure(path, ids := open_shard(path))
             odd = [key for key in FACTS if facts[key] != shard[key]]
             odd += ["largest id"] if ids.max() >= VOCAB_SIZE else []
             odd += ["first id"] if number == 0 and ids[0] != EOT else []
@@ -572,7 +571,7 @@ def save_shard(out, manifest, split, ids):
     else:
         header = np.array([*BIN_HEADER, len(ids), *[0] * 253], "<i4")
         write_whole(path, lambda file: file.writelines([header, ids]))
-    manifest["shards"].append(measure(path)[1])
+    manifest["shards"].append(measure(path, ids))
 
 
 def open_manifest(config):
