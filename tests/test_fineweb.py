@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import random
@@ -319,6 +320,438 @@ def test_small_sources_give_both_splits(tmp_path):
     assert [len(s) for s in tokens_of(tmp_path / "y")] == [1, 1]
 
 
+# -- folders, files and records as people have them
+
+
+def documents(folder):
+    """The texts of a folder of shards, in order."""
+    return tokenizer().decode(sum(tokens_of(folder), [])).split("<|endoftext|>")[1:]
+
+
+def tree(folder, **files):
+    """Files by their name, where "__" stands for "/" and "_" for ".": their text, or what they link
+    to."""
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(content) if isinstance(content, Path) else named(path, content.encode())
+    return folder
+
+
+def test_s1_files_and_row_groups_without_rows_hold_no_documents(tmp_path):
+    for i, texts in enumerate(([], ["one"], [])):
+        write_parquet(tmp_path / f"in/{i}.parquet", texts)
+    schema = pa.schema([("text", pa.string())])
+    pq.ParquetWriter(tmp_path / "in/3.parquet", schema).close()  # no row group at all
+    make(tmp_path / "in", tmp_path / "out")
+    assert documents(tmp_path / "out") == ["one"]
+    named(tmp_path / "x.jsonl", b"\n\n")
+    with pytest.raises(UserError, match="has no text"):
+        make(tmp_path / "x.jsonl", tmp_path / "none")
+
+
+def test_s2_what_lies_in_out_is_no_source(tmp_path, capsys, monkeypatch):
+    folder = tree(tmp_path / "b", a_txt="hello")
+    for out in ("shards", "more"):  # nor are shards of an earlier run
+        for source in (folder, f"{folder}/**", folder / "*"):
+            make(source, folder / out)
+            tree(folder / out, notes_txt="of the shards")
+            assert documents(folder / out) == ["hello"]
+        assert capsys.readouterr().out.count("complete: nothing to do") == 2
+        (folder / out / "notes.txt").unlink()
+    tree(folder, link=folder / "shards")
+    monkeypatch.chdir(folder)
+    make(".", "shards")  # said otherwise
+    make("a.txt", "x")
+    assert documents("x") == ["hello"]
+    for _ in range(2):  # what is named itself is a source, though shards are written beside it
+        make("*.txt", ".")
+    assert documents(".") == ["hello"]
+
+
+def test_s3_hidden_names_and_leftovers_are_no_text(tmp_path):
+    folder = tree(tmp_path / "h", a_txt="one", b__c_txt="two")
+    hidden = [".ipynb_checkpoints/a-checkpoint.txt", "b/__MACOSX/c.txt", "._a.txt", "~$a.txt"]
+    hidden += ["b/.git/x.txt", "_temporary/0/a.txt"]
+    for name in hidden:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        named(folder / name, b"no")
+    for i, source in enumerate((folder, f"{folder}/**", f"{folder}/**/*.txt", tmp_path)):
+        make(source, tmp_path / f"out{i}")
+        assert documents(tmp_path / f"out{i}") == ["one", "two"], source
+    for i, source in enumerate((folder / hidden[0], (folder / hidden[0]).parent)):
+        make(source, tmp_path / f"named{i}")  # one's own words count
+        assert documents(tmp_path / f"named{i}") == ["no"]
+    make(tmp_path / "h", tmp_path / "s")
+    for name in ("._text_val_000000.npy", ".text_train_000002.npy"):
+        named(tmp_path / "s" / name, b"\0\5\x16\7")
+    verify(tmp_path / "s")
+
+
+def test_s4_case_is_ignored_links_are_followed_each_file_counts_once(tmp_path):
+    folder, away = tmp_path / "in", tree(tmp_path / "away", C_Txt="three", D_txt="four")
+    tree(folder, a_txt="one", B_TXT="two", sub=away, again_txt=folder / "a.txt", loop=folder)
+    tree(folder, sub2=away, loop2=folder)
+    for i, source in enumerate((folder, f"{folder}/**", f"{folder}/**/*.txt")):
+        make(source, tmp_path / f"out{i}")
+        assert sorted(documents(tmp_path / f"out{i}")) == ["four", "one", "three", "two"], source
+    make(f"{folder}/*.txt", tmp_path / "flat")
+    assert sorted(documents(tmp_path / "flat")) == ["one", "two"]
+    named(tmp_path / "X.JSONL.GZ", gzip.compress(b'{"text": "five"}\n'))
+    make(tmp_path / "X.JSONL.GZ", tmp_path / "gz")
+    assert documents(tmp_path / "gz") == ["five"]
+
+
+def test_s4_numbers_sort_as_numbers(tmp_path):
+    folder = tree(tmp_path / "in", x10_txt="10", x9_txt="9", x1__2_txt="1/2", x1__10_txt="1/10")
+    make(folder, tmp_path / "out")
+    assert documents(tmp_path / "out") == ["1/2", "1/10", "9", "10"]
+
+
+def test_s4_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder = tree(tmp_path / "in", a_txt="one", gone=tmp_path / "unmounted")
+    for source in (folder, f"{folder}/*", f"{folder}/g*"):
+        with pytest.raises(UserError, match=f"in/gone {NONE_SUCH}"):
+            make(source, tmp_path / "out")
+    make(f"{folder}/*.txt", tmp_path / "out")
+    (folder / "gone").unlink()
+    tree(folder, sub__b_txt="two")
+    plain = os.listdir
+
+    def listdir(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(UserError, match=r"in/sub cannot be read \(Permission denied\); look at"):
+        make(folder, tmp_path / "out2")
+    np.save(tmp_path / "out/x_train_000009.npy", np.arange(9, dtype=np.uint16))
+    (tmp_path / "out/x_train_000010.npy").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"x_train_000010.npy {NONE_SUCH}"):
+        open_shards(tmp_path / "out", "train")
+
+
+def test_shards_have_the_same_rules(tmp_path):
+    for name in ("X_Train_2.NPY", "x_train_10.npy", "x_val_0.npy"):
+        np.save(tmp_path / "plain.npy", np.arange(9, dtype=np.uint16))
+        (tmp_path / "plain.npy").rename(tmp_path / name)
+    (tmp_path / "x_train_11.npy").symlink_to(tmp_path / "x_train_10.npy")
+    assert [p.name for p in list_shards(tmp_path, "train")] == ["X_Train_2.NPY", "x_train_10.npy"]
+    assert len(open_shards(tmp_path, "val")) == 1
+    header = np.array([20240520, 1, 9] + [0] * 253, "<i4").tobytes()
+    (tmp_path / "Y_VAL_1.BIN").write_bytes(header + bytes(18))
+    assert len(open_shards(tmp_path, "val")) == 2
+
+
+SPACES = "a" + " " * 1_100_000 + "b"  # of which tiktoken dies
+
+
+def test_s5_what_only_one_encoder_can_encode_is_encoded(tmp_path):
+    named(tmp_path / "x.txt", SPACES.encode())
+    make(tmp_path / "x.txt", tmp_path / "out", shard_size=2_000_000)
+    ids = sum(tokens_of(tmp_path / "out"), [])
+    assert ids == [EOT, 64, *[220] * 1_099_999, 275]  # as Hugging Face's tokenizer has it, too
+    write_jsonl(tmp_path / "x.jsonl", ["\ud800" + SPACES, "next"])
+    make(tmp_path / "x.jsonl", tmp_path / "out2", shard_size=2_000_000)
+    assert documents(tmp_path / "out2") == ["\ufffd" + SPACES, "next"]
+
+
+def test_s5_tiktoken_stands_in_where_gigatoken_is_not_installed(
+    source, tmp_path, capsys, monkeypatch
+):
+    make(source, tmp_path / "a")
+    assert "tokens/s by gigatoken" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "gigatoken", None)  # then its import fails
+    fineweb.fast_tokenizer.cache_clear()
+    make(source, tmp_path / "b")
+    assert "tokens/s by tiktoken," in capsys.readouterr().out
+    assert data_files(tmp_path / "a") == data_files(tmp_path / "b")
+    named(tmp_path / "x.txt", SPACES.encode())
+    with pytest.raises(UserError, match="tiktoken cannot encode .*; pip install giga"):
+        make(tmp_path / "x.txt", tmp_path / "c")
+    fineweb.fast_tokenizer.cache_clear()
+
+
+def test_s7_a_column_of_bytes_is_utf8_and_other_types_are_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    types = [pa.string(), pa.binary(), pa.large_binary(), pa.binary_view(), pa.string_view()]
+    columns = [pa.array([b"two"], pa.binary(3)), pa.array([b"two"]).dictionary_encode()]
+    columns += [pa.array(["two"]).cast(type_) for type_ in types]
+    for i, column in enumerate([*columns, pa.nulls(2)]):
+        pq.write_table(pa.table({"text": column}), tmp_path / f"in/{i}.parquet")
+    manifest = make(tmp_path / "in", tmp_path / "out")
+    assert documents(tmp_path / "out") == ["two"] * len(columns)
+    assert manifest["skipped"] == {"no string": 2}
+    for values, words in [
+        (pa.array([1, 2]), "column text is int64, not text; choose by --text_column"),
+        (pa.array([["a"]]), "column text is list<.*, not text"),
+        (pa.array([b"\xff"]), r"x.parquet cannot be read \(no UTF-8: b'.xff'\)"),
+    ]:
+        pq.write_table(pa.table({"text": values}), tmp_path / "x.parquet")
+        with pytest.raises(UserError, match=words):
+            make(tmp_path / "x.parquet", tmp_path / "none")
+
+
+def test_s8_what_is_skipped_does_not_depend_on_files_and_chunks(tmp_path, monkeypatch):
+    found = []
+    lines = [b'{"other": "x"}\n', b'{"text": "one"}\n', b'{"other": "y"}\n']
+    for i, files in enumerate(([lines], [lines[:1], lines[1:]], [lines[:2], lines[2:]])):
+        folder = tmp_path / f"in{i}"
+        folder.mkdir()
+        for j, part in enumerate(files):
+            named(folder / f"{j}.jsonl", b"".join(part))
+        for chunk in (1, 1 << 22):
+            monkeypatch.setattr(fineweb, "CHUNK", chunk, raising=False)
+            manifest = make(folder, tmp_path / f"out{i}_{chunk}")
+            found.append((manifest["skipped"], tokens_of(tmp_path / f"out{i}_{chunk}")))
+    assert all(one == found[0] for one in found) and found[0][0] == {"no string": 2}
+
+
+def test_s9_a_byte_order_mark_is_no_text(tmp_path):
+    mark, other = b"\xef\xbb\xbf", "\ufeff".encode() * 2 + b"x"  # only the first is a mark
+    named(tmp_path / "a.txt", mark + b"hello")
+    named(tmp_path / "b.txt", other)
+    named(tmp_path / "c.txt", mark)
+    named(tmp_path / "x.jsonl", (mark + b'{"text": "hello"}\n') * 2)  # as cat joins files
+    manifest = make(tmp_path / "*.txt", tmp_path / "out")
+    assert documents(tmp_path / "out") == ["hello", "\ufeffx"]
+    assert manifest["skipped"] == {"empty": 1}
+    make(tmp_path / "x.jsonl", tmp_path / "out2")
+    assert documents(tmp_path / "out2") == ["hello", "hello"]
+    pq.write_table(pa.table({"text": pa.array([mark + b"hello"])}), tmp_path / "x.parquet")
+    make(tmp_path / "x.parquet", tmp_path / "out3")
+    assert documents(tmp_path / "out3") == ["hello"]
+
+
+@pytest.mark.parametrize("line", ['[{"text":"one"}]', '"one"', "1", "null", "[]"])
+def test_s10_a_line_that_is_no_object_is_named(tmp_path, line):
+    for before in ("", '{"text": "zero"}\n\n'):
+        named(tmp_path / "x.jsonl", (before + line + "\n").encode())
+        number = 1 + before.count("\n")
+        words = (
+            rf"x.jsonl, line {number} is no JSON object \(it begins with {re.escape(line)}\); mend"
+        )
+        with pytest.raises(UserError, match=words):
+            make(tmp_path / "x.jsonl", tmp_path / "out")
+
+
+def test_s10_a_wrong_name_is_named(hub, tmp_path):
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_HOME": str(tmp_path / "home"), "no_proxy": "*"}
+    done = script("--out", tmp_path / "out", "--name", "sample-10TB", env=env)
+    words = rf"fineweb.py: --name sample-10TB of {REPO} cannot be had \(.*'sample-10BT'.*\); give"
+    assert done.returncode == 1 and re.match(words, last_line(done.stderr)), done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+NOT_MANIFESTS = ["", "7", "{}", '{"shards": 3}', '{"complete": 1, "world_size": 1, "shards": []}']
+WRONG_TYPES = [dict(complete="yes"), dict(world_size="1"), dict(shards=[3]), dict(shards=[{}])]
+WRONG_TYPES += [dict(files=None), dict(skipped=[]), dict(consumed=0)]
+
+
+def test_s11_what_is_no_manifest_is_one_sentence_at_every_door(source, made):
+    path = made / "manifest.json"
+    good = json.loads(path.read_text())
+    good["shards"][0].pop("sha256")
+    for text in [*NOT_MANIFESTS, *(json.dumps(good | wrong) for wrong in [*WRONG_TYPES, {}])]:
+        path.write_text(text)
+        for door in (verify, fineweb.describe_shards, lambda p: open_shards(p, "val")):
+            with pytest.raises(
+                UserError, match="manifest.json is no manifest of .*; .* delete it$"
+            ):
+                door(made)
+        with pytest.raises(UserError, match="manifest.json is no manifest of .*; .* delete it$"):
+            make(source, made)
+
+
+def test_s11_a_shard_size_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch):
+    for size in (2**31, 10**12):  # llm.c's header has 31 bits
+        with pytest.raises(
+            UserError, match=r"--shard_size is out of its range; .* below 2147483648"
+        ):
+            make(a_text(tmp_path), tmp_path / "out", shard_size=size)
+
+    def empty(*args):
+        raise MemoryError("Unable to allocate 4 GiB")
+
+    monkeypatch.setattr(np, "empty", empty)
+    with pytest.raises(UserError, match="--shard_size is too large .*allocate 4 GiB.; give less"):
+        make(a_text(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_s11_a_damaged_header_is_one_sentence(tmp_path):
+    ids = np.arange(300, dtype=np.uint16)
+    np.save(tmp_path / "x.npy", ids)
+    good, r = (tmp_path / "x.npy").read_bytes(), random.Random(0)
+    for i in range(128):
+        for value in (10, ord("9"), r.randrange(256)):
+            named(tmp_path / "x.npy", good[:i] + bytes([value]) + good[i + 1 :])
+            try:
+                assert (open_shard(tmp_path / "x.npy") == ids).all()  # spaces may change
+            except UserError as error:
+                assert "x.npy is not a whole shard of uint16 tokens" in str(error)
+
+
+def test_s12_a_rank_without_text_completes_with_nothing(tmp_path):
+    write_jsonl(tmp_path / "0.jsonl", TEXTS[:24])
+    write_jsonl(tmp_path / "1.jsonl", ["", None])
+    for rank in (0, 1):
+        manifest = make(tmp_path / "*.jsonl", tmp_path / "out", rank=rank, world_size=2)
+    assert manifest["complete"] and manifest["shards"] == []
+    assert manifest["skipped"] == {"empty": 1, "no string": 1}
+    verify(tmp_path / "out")
+    assert sum(tokens_of(tmp_path / "out"), []) == sum(reference(TEXTS[:24], 10**9), [])
+
+
+def test_s12_a_shard_that_is_gone_is_missed(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):  # amid the second of two files
+        patch.setattr(fineweb, "write_whole", stop_after(9, fineweb.write_whole))
+        make(source, tmp_path / "out")
+    for complete in (False, True):
+        shard = tmp_path / "out/text_train_000002.npy"
+        whole = shard.read_bytes()
+        for change in (lambda: shard.unlink(), lambda: shard.write_bytes(whole[:-2])):
+            change()
+            with pytest.raises(UserError, match="000002.npy has .* bytes, not .*; make it anew"):
+                make(source, tmp_path / "out")
+            shard.write_bytes(whole)
+        assert make(source, tmp_path / "out")["complete"]
+    assert tokens_of(tmp_path / "out") == reference(TEXTS, 1000)
+
+
+def stop_after(count, function):
+    def call(*args):
+        nonlocal count
+        count -= 1
+        if count < 0:
+            raise Crash
+        return function(*args)
+
+    return call
+
+
+def edit(path, old, new):
+    """As an editor does: the same size, another time."""
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    os.utime(path, ns=(1, 1))
+
+
+def test_s12_a_source_that_changes_amid_a_run_is_refused(tmp_path, monkeypatch):
+    for i in (0, 1):
+        write_jsonl(tmp_path / f"{i}.jsonl", [f"{word} {i}" for word in TEXTS[:60]])
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(fineweb, "write_whole", stop_after(5, fineweb.write_whole))
+        make(tmp_path / "*.jsonl", tmp_path / "out")
+    before = data_files(tmp_path / "out")
+    edit(tmp_path / "1.jsonl", b"<", b">")
+    with pytest.raises(UserError, match="begun with source files that were changed since; choose"):
+        make(tmp_path / "*.jsonl", tmp_path / "out")
+    assert data_files(tmp_path / "out") == before
+
+    def tokenize_and_edit(*chunk):
+        edit(tmp_path / "0.jsonl", b"<", b">")
+        os.utime(tmp_path / "0.jsonl", ns=(2, 2))
+        return tokenize(*chunk)
+
+    tokenize = fineweb.tokenize
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="changed amid the run; del"),
+    ):
+        patch.setattr(fineweb, "tokenize", tokenize_and_edit)
+        make(tmp_path / "*.jsonl", tmp_path / "out2")
+    make(tmp_path / "*.jsonl", tmp_path / "out3")
+    edit(tmp_path / "0.jsonl", b">", b"<")  # a copy has other times, and what is done is not mixed
+    assert make(tmp_path / "*.jsonl", tmp_path / "out3")["complete"]
+
+
+def test_s12_files_of_one_name_are_told_apart(tmp_path):
+    tree(tmp_path, in__a__x_txt="one", in__b__x_txt="two", in__c__y_txt="three")
+    manifest = make(tmp_path / "in", tmp_path / "out")
+    assert manifest["files"] == [["a/x.txt", 3], ["b/x.txt", 3], ["c/y.txt", 5]]
+    (tmp_path / "in/b").rename(tmp_path / "in/d")
+    (tmp_path / "in/a").rename(tmp_path / "in/b")
+    with pytest.raises(UserError, match="other source files"):
+        make(tmp_path / "in", tmp_path / "out")
+
+
+def test_after_a_mistake_is_mended_the_same_command_goes_on(tmp_path):
+    """Nothing was made yet, so nothing would be mixed."""
+    named(tmp_path / "x.jsonl", NOT_JSON)
+    with pytest.raises(UserError, match="line 2"):
+        make(tmp_path / "x.jsonl", tmp_path / "out")
+    write_jsonl(tmp_path / "x.jsonl", ["one"])
+    make(tmp_path / "x.jsonl", tmp_path / "out", shard_size=500)
+    assert documents(tmp_path / "out") == ["one"]
+
+
+WORDS = "the cat's   12345 don't'll  Zürich, naïve…  東京タワー。日本 \n\n\n  \t x+=1;\r\n 🙂🙃 ''s it''ll"
+WORDS += " \u3000 \xa0 \u2028 \x85 \x1c e\u0301 क्षि ²½ Ⅷ _a_ a_b ... '"
+WORDS = re.findall(r"\s+|\S+", WORDS)
+AWKWARD = {
+    "words": lambda r: "".join(r.choices(WORDS, k=4000)),
+    "no spaces": lambda r: "".join(r.choices([w for w in WORDS if not w.isspace()], k=4000)),
+    "one word": lambda r: "x" * 4000,
+    "spaces": lambda r: "a" + " " * 3000 + "\n" * 1000 + "b  ",
+    "digits": lambda r: "".join(r.choices("0123456789 ,.", k=4000)),
+    "apostrophes": lambda r: "".join(r.choices("''' sdmtlre", k=4000)),
+    "Chinese": lambda r: "".join(r.choices("日本語の文章、。" + "漢字", k=4000)),
+    "short": lambda r: "a b",
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+def test_s14_a_txt_file_in_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(fineweb, "chunks_done", itertools.repeat(0))  # else it begins anew often
+    for seed, size in enumerate((16, 64, 1000, 10**6)):
+        text = AWKWARD[case](random.Random(seed))
+        named(tmp_path / "x.txt", text.encode())
+        monkeypatch.setattr(fineweb, "CHUNK", size, raising=False)
+        contents = [content for *_, (*_, content) in chunks_of(tmp_path / "x.txt")]
+        assert "".join([contents[0][0], *contents[1:]]) == text
+        if case not in ("one word", "spaces") and size <= 64 and len(text) > 10:
+            assert len(contents) > 20
+        pieces = [fineweb.tokenize(*chunk)[0] for *_, chunk in chunks_of(tmp_path / "x.txt")]
+        assert np.concatenate(pieces).tolist() == [EOT, *tokenizer().encode_ordinary(text)]
+
+
+def chunks_of(path):
+    return fineweb.list_chunks([str(path)], "text", [0, 0, 0])
+
+
+def test_s14_a_cut_is_where_a_word_begins_for_every_character():
+    characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    texts = [f"{c} b" for c in characters[:0x3400:3] + characters[0x3400::200]]
+    texts += [f"{c},." for c in [c for c in characters if c.isalnum()][::9]]
+    texts = [text for text in texts if not text[0].isspace()]
+    encode = tokenizer().encode_ordinary
+    for text in texts:
+        end = fineweb.CUT.search(text).end()
+        assert encode(text[:end]) + encode(text[end:]) == encode(text), text
+
+
+def test_s14_a_txt_file_continues_amid_its_pieces(tmp_path, monkeypatch):
+    text = " ".join(TEXTS)
+    named(tmp_path / "in.txt", text.encode())
+    monkeypatch.setattr(fineweb, "chunks_done", itertools.repeat(0))
+    monkeypatch.setattr(fineweb, "CHUNK", 3000, raising=False)
+    for stop in (3, 9):
+        out = tmp_path / str(stop)
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(fineweb, "write_whole", stop_after(stop, fineweb.write_whole))
+            make(tmp_path / "in.txt", out)
+        make(tmp_path / "in.txt", out)
+        assert tokens_of(out) == reference([text], 1000)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["times"], manifest["shards"][3:]  # of a time when a file was one chunk
+    manifest |= {"complete": False, "consumed": [0, 0, 3000]}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    make(tmp_path / "in.txt", out)
+    assert tokens_of(out) == reference([text], 1000)
+
+
 # -- stopping and going on
 
 
@@ -527,30 +960,36 @@ def dangling(folder):
     return folder / "dangling.txt"
 
 
+NONE_SUCH = r"cannot be read \(No such file or directory\); look at"
 BODY, UNREADABLE = {"text_column": "body"}, r"b.parquet cannot be read \(.*\); look at"
 NOT_JSON = b'{"text": "a"}\n{"text": "b\n'
 KINDS = "0 found for 1 ranks; give parquet, jsonl or txt files"
 
 BAD = {  # source, settings, what the sentence must say
     "missing column": (a_parquet, BODY, "x.parquet has no column body but id, text; .* --text_col"),
-    "missing key": (a_jsonl, BODY, "x.jsonl has no key body but text; .* --text_column"),
+    "missing key": (a_jsonl, BODY, "x.jsonl has no text in body; see --text_column"),
     "cut parquet": (lambda t: broken_parquet(t, True), {}, UNREADABLE),
     "garbled parquet": (lambda t: broken_parquet(t, False), {}, UNREADABLE),
     "garbled in a worker": (lambda t: broken_parquet(t, False), {"workers": 1}, UNREADABLE),
-    "not JSON": (lambda t: named(t / "x.jsonl", NOT_JSON), {}, r"x.jsonl .* in '{\"text\": \"b"),
-    "not UTF-8": (lambda t: named(t / "x.txt", b"a\xff"), {}, r"x.txt cannot be read \('utf-8'"),
+    "not JSON": (lambda t: named(t / "x.jsonl", NOT_JSON), {}, r"l, line 2 .* in '{\"text\": \"b"),
+    "not UTF-8": (
+        lambda t: named(t / "x.txt", b"a\xff"),
+        {},
+        r"x.txt cannot be read \(no UTF-8: b'",
+    ),
     "bad gzip": (lambda t: named(t / "x.jsonl.gz", b"hello"), {}, "x.jsonl.gz cannot be read"),
-    "unreadable": (dangling, {}, f"dangling.txt: {KINDS}"),
+    "unreadable": (dangling, {}, f"dangling.txt {NONE_SUCH}"),
     "no match": (lambda t: t / "*.parquet", {}, KINDS),
-    "no such path": (lambda t: t / "nothing", {}, f"nothing: {KINDS}"),
+    "no such path": (lambda t: t / "nothing", {}, f"nothing {NONE_SUCH}"),
+    "no such base": (lambda t: t / "nothing/*.txt", {}, f"nothing {NONE_SUCH}"),
     "empty folder": (lambda t: t, {}, KINDS),
     "unknown kind": (lambda t: named(t / "x.csv", b"a,b\n"), {}, f"x.csv: {KINDS}"),
     "two kinds": (two_kinds, {}, "2 found for 1 ranks; .* all of one kind"),
     "no text": (lambda t: write_jsonl(t / "x.jsonl", [{"text": ""}]), {}, "has no text in text"),
     "no rows": (lambda t: named(t / "x.jsonl", b""), {}, "has no text in text"),
-    "shard size": (a_text, {"shard_size": 0}, "--shard_size at least 1"),
-    "workers": (a_text, {"workers": -1}, "--workers at least 0"),
-    "rank": (a_text, {"rank": 2, "world_size": 2}, "--rank from 0 to below --world_size"),
+    "shard size": (a_text, {"shard_size": 0}, "--shard_size is out of .* at least 1 and below"),
+    "workers": (a_text, {"workers": -1}, "--workers is out of .* at least 0"),
+    "rank": (a_text, {"rank": 2, "world_size": 2}, "--rank is out of .* at least 0 and below 2"),
     "ranks": (a_text, {"rank": 0, "world_size": 2}, "1 found for 2 ranks; .* one per rank"),
     "out is a file": (a_text, {"out": SCRIPT}, "fineweb.py/manifest.json cannot be written"),
 }
@@ -919,7 +1358,7 @@ def test_verify(made):
         verify(made)
 
     flipped = good[:500] + bytes([good[500] ^ 1]) + good[501:]
-    problem("000003.npy: wrong SHA-256", flipped, cheap=False)
+    problem("000003.npy: wrong sha256", flipped, cheap=False)
     problem("000003.npy has 2126 bytes, not 2128", good[:-2])
     problem("000003.npy has 2130 bytes, not 2128", good + b"xx")
     problem("000003.npy is not a whole shard", good.replace(b"<u2", b"<i2"), cheap=False)
@@ -951,9 +1390,9 @@ def test_verify_names_every_fault(made):
     with pytest.raises(UserError) as error:
         verify(made)
     lines = [line.rsplit("_", 1)[1] for line in str(error.value).splitlines()]
-    changed = [line for line in lines if "SHA" in line]
-    assert changed == [f"00000{n}.npy: wrong SHA-256" for n in (0, 2, 4)]
-    assert {"000000.npy: wrong first id", "000000.npy: wrong document count"} <= {*lines}
+    changed = [line for line in lines if "sha" in line]
+    assert changed == [f"00000{n}.npy: wrong sha256" for n in (0, 2, 4)]
+    assert {"000000.npy: wrong first id", "000000.npy: wrong documents"} <= {*lines}
 
 
 def test_no_manifest_is_no_complaint_but_verify_needs_one(tmp_path):
@@ -968,7 +1407,7 @@ def test_no_manifest_is_no_complaint_but_verify_needs_one(tmp_path):
 
 
 NO_MANIFEST = [  # its text, what is wrong
-    ("{}", "KeyError: 'complete'"),
+    ("{}", "KeyError: 'shards'"),
     ("", r"Expecting value: .* in ''"),
     ("[]", "TypeError: .*"),
     ('{"complete": tru', r"Expecting value: .* in '{\"complete\": tru'"),

@@ -4,6 +4,7 @@ input, the command line."""
 import http.server
 import json
 import math
+import os
 import re
 import threading
 from dataclasses import replace
@@ -282,7 +283,7 @@ def bad_lines():
     yield "[1]", "is not a JSON object"
     for key in ("ctx", "endings", "label"):
         yield {k: v for k, v in GOOD.items() if k != key}, f": {key} is missing"
-    for label in (-1, 4, 1.0, "2", True, None):
+    for label in (-1, 4, 1.0, "4", "-1", "two", "", True, None):
         yield GOOD | dict(label=label), ": label is missing or not one of 0, 1, 2 and 3"
     for endings in (["a"] * 3, ["a"] * 5, "abcd", None):
         yield GOOD | dict(endings=endings), ": endings is missing or does not hold four"
@@ -290,6 +291,8 @@ def bad_lines():
         yield GOOD | dict(endings=["a", "b", "c", ending]), ": an ending is no text, or empty"
     for ctx in ("", "  ", 3):
         yield GOOD | dict(ctx=ctx), ": ctx is missing, or no text, or empty"
+    for ind in (None, "five", 1.5, [1]):
+        yield GOOD | dict(ind=ind), ": ind is no whole number"
     yield {}, ": ctx .*, endings .*, label "  # all at once
 
 
@@ -322,10 +325,25 @@ def test_harness_needs_and_checks_what_it_uses(tmp_path):
     for change, complaint in (
         (dict(activity_label=3), "activity_label"),
         (dict(endings=["a", "b", "c", "[step] "]), "an ending"),
+        (dict(ctx_a="x", ctx_b=None), "ctx_b is missing, or no text"),
+        (dict(ctx_a=["x"], ctx_b=""), "ctx_a is missing, or no text"),
     ):
         load_items(write(tmp_path / "bad.jsonl", [GOOD | change]))  # fine for the other style
         with pytest.raises(UserError, match=complaint):
             load_items(tmp_path / "bad.jsonl", style="harness")
+
+
+def test_s13_numbers_may_be_text_as_in_the_hubs_export(tmp_path):
+    (item,) = load_items(write(tmp_path / "one.jsonl", [GOOD | dict(ind="17", label="2")]))
+    assert (item.index, item.label) == (17, 2)
+
+
+def test_s5_what_only_one_encoder_can_encode_is_encoded(tmp_path):
+    spaces = " " * 1_100_000  # of which tiktoken dies
+    record = GOOD | dict(ctx=f"a{spaces}b", endings=["\ud800", "b", "c", "d"])
+    (item,) = load_items(write(tmp_path / "one.jsonl", [record]))
+    assert item.context == [64, *[220] * 1_099_999, 275]
+    assert item.endings[0] == tokenizer().encode_ordinary(" \ufffd")
 
 
 def test_completion_style(tmp_path):
@@ -521,6 +539,48 @@ dist.destroy_process_group()
     alone = evaluate(GPT.from_pretrained(saved), load_items(data, 41), "cpu").losses
     assert torch.equal(one, two)
     torch.testing.assert_close(one, alone, rtol=0, atol=1e-4)
+
+
+def scored(saved, data, *args):
+    hellaswag.main([*map(str, ["--model", saved, "--data", data, "--limit", 3, *args])])
+
+
+def test_s6_a_target_that_cannot_be_is_refused_before_the_work(saved, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(hellaswag, "load_items", lambda *args: pytest.fail("it began"))
+    (tmp_path / "file").write_text("mine")
+    for path, why in ((tmp_path, "it is a folder"), (tmp_path / "file/x.json", "File exists")):
+        with pytest.raises(SystemExit, match=rf"cannot be written \({why}\); give another --json"):
+            scored(saved, data, "--json", path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_s6_the_result_is_printed_before_it_is_written(saved, data, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "x.json").write_text("of an earlier run")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(
+        SystemExit, match="x.json cannot be written .No space left on device.; give"
+    ):
+        scored(saved, data, "--device", "cpu", "--json", tmp_path / "x.json")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("3 acc: ")
+    assert (tmp_path / "x.json").read_text() == "of an earlier run"
+
+
+def test_s6_what_is_no_regular_file_is_written_in_place(saved, data, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.json").symlink_to("real/file.json")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    for name in ("pipe", "link.json", "link.json"):
+        scored(saved, data, "--device", "cpu", "--json", tmp_path / name)
+    reader.join(10)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link.json").is_symlink()
+    assert read == [(tmp_path / "real/file.json").read_text()] and read[0].count("\n") == 3
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file.json", "link.json", "pipe", "real"]
 
 
 def test_compare_finds_no_difference_between_equal_models(one):

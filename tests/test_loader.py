@@ -101,6 +101,8 @@ def test_names_of_shards(tmp_path):
     assert ours == [["edufineweb_val_000000.npy"], ["edufineweb_train_000001.npy"]]
     llmc = shard_names(tmp_path / "b", "tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin")
     assert llmc == [["tiny_shakespeare_val.bin"], ["tiny_shakespeare_train.bin"]]
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]  # modded-nanogpt's
+    assert shard_names(tmp_path / "d", *names) == [names[:1], names[1:]]
     # the last split word counts; numbers sort as numbers; what begins with a dot is no shard
     names = ["my_train_set_val_0.npy", "x_train_10.npy", "x_train_2.npy", ".x_train_3.npy"]
     odd = shard_names(tmp_path / "c", *names, "training_1.npy")
