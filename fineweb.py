@@ -154,9 +154,8 @@ def token_ids(text, turn=0):
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # Rust's, and no Exception
             raise
-        raise UserError(
-            f"tiktoken cannot encode {text[:40]!r}...; pip install gigatoken"
-        ) from error
+        what = f"tiktoken cannot encode {text[:40]!r}"
+        raise UserError(f"{what}; pip install gigatoken") from error
 
 
 def save_tokenizer(directory, context):
@@ -227,8 +226,7 @@ def open_shards(data_dir, split):
 
 def describe_shards(data_dir):
     """{name: [bytes, SHA-256 where a manifest has it, else None]} of all shards of a folder."""
-    manifests = read_manifests(data_dir).values()
-    sums = {shard["name"]: shard["sha256"] for m in manifests for shard in m["shards"]}
+    sums = {s["name"]: s["sha256"] for m in read_manifests(data_dir).values() for s in m["shards"]}
     return {p.name: [p.stat().st_size, sums.get(p.name)] for p in list_shards(data_dir)}
 
 
@@ -441,27 +439,21 @@ def read_contents(path, column):
     number = 0
     while lines := stream.readlines(CHUNK):
         texts = []
-        try:
-            for number, line in enumerate(lines, number + 1):
-                if not isinstance(record := json.loads(line) if line.strip() else {}, dict):
+        for number, line in enumerate(lines, number + 1):
+            with blame(f"{path}, line {number} is no JSON object", "mend or drop it"):
+                if not isinstance(record := json.loads(line.strip() or "{}"), dict):
                     raise ValueError(f"it begins with {line.decode().strip()[:60]}")
                 texts += [record.get(column)] if line.strip() else []
-        except ValueError:
-            with blame(f"{path}, line {number} is no JSON object", "mend or drop it"):
-                raise
         yield texts
 
 
 def list_chunks(files, column, start):
-    """Yields ((file, chunk), share of the source up to its end, (path, column, content)) from the
-    place `start`, [file, chunk, ...], on."""
+    """Yields ((file, chunk), (path, column, content)) from the place `start`, [file, chunk, ...]."""
     for f, path in enumerate(files[start[0] :], start[0]):
         with reading(path):
-            groups = open_parquet(path, column).num_row_groups if kind(path) == "parquet" else 0
             for c, content in enumerate(read_contents(path, column)):
-                share = (content + 1) / groups if isinstance(content, int) else 0
                 if [f, c] >= start[:2]:
-                    yield (f, c), (f + share) / len(files), (path, column, content)
+                    yield (f, c), (path, column, content)
 
 
 # Texts -> ids, in worker processes --------------------------------------------------------------
@@ -498,9 +490,9 @@ def start_worker():
 
 
 def tokenize_all(chunks, workers):
-    """Yields (position, share, tokenize's result) for the chunks of list_chunks, in their order."""
+    """Yields (position, tokenize's result) for the chunks of list_chunks, in their order."""
     if workers == 0:
-        yield from ((*place, tokenize(*content)) for *place, content in chunks)
+        yield from ((position, tokenize(*chunk)) for position, chunk in chunks)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     pending = deque()
@@ -516,14 +508,14 @@ def tokenize_all(chunks, workers):
     try:
         while True:  # one chunk at work and one waiting per worker: this bounds the memory
             while len(pending) <= 2 * workers and (chunk := next(chunks, None)):
-                pending.append((*chunk[:2], pool.submit(tokenize, *chunk[2])))
+                pending.append((chunk[0], pool.submit(tokenize, *chunk[1])))
             if not pending:
                 return
-            *place, future = pending.popleft()
+            position, future = pending.popleft()
             result = future.result()
             if interrupted:
                 raise KeyboardInterrupt
-            yield *place, result
+            yield position, result
     except process.BrokenProcessPool as error:
         killed = "--workers: one was killed, perhaps for want of memory; give fewer"
         raise UserError(killed) from error
@@ -540,17 +532,15 @@ def write_whole(path, write):
     temporary = path.with_name(path.name + ".tmp")
     remedy = "all shards before it stay, and the same command continues after them"
     with blame(f"{path} cannot be written", remedy):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
         with suppress(OSError):  # the folder, too, where the system can: for power cuts
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
@@ -626,11 +616,11 @@ def build(config):
     chunks, ahead = list_chunks(files, config.text_column, start), start[2]
     interval = 0.5 if sys.stderr.isatty() else 60  # seconds
     with tqdm(initial=before, unit="tok", unit_scale=True, mininterval=interval) as bar:
-        for (f, c), share, (ids, skips) in tokenize_all(chunks, config.workers):
+        for (f, c), (ids, skips) in tokenize_all(chunks, config.workers):
             used = min(ahead, len(ids))
             ahead -= used
-            bar.total = int((bar.n + len(ids) - used) / share) if share else None  # an estimate
             bar.update(len(ids) - used)
+            bar.total = bar.n * len(files) // f if f else None  # an estimate, by files
             while used < len(ids):
                 # A full shard waits for one more token, which shows that it is not all.
                 if filled == config.shard_size:

@@ -1,5 +1,6 @@
 """fineweb.py: against a sequential reference, under kill -9, on a full disk, given bad input."""
 
+import functools
 import gzip
 import hashlib
 import http.server
@@ -348,6 +349,13 @@ def test_s1_files_and_row_groups_without_rows_hold_no_documents(tmp_path):
     named(tmp_path / "x.jsonl", b"\n\n")
     with pytest.raises(UserError, match="has no text"):
         make(tmp_path / "x.jsonl", tmp_path / "none")
+
+
+def test_s1_without_progress_bars(source, tmp_path, monkeypatch, capsys):
+    """As TQDM_DISABLE=1 has it."""
+    monkeypatch.setattr(fineweb, "tqdm", functools.partial(fineweb.tqdm, disable=True))
+    make(source, tmp_path / "out")
+    assert "tokens/s" in capsys.readouterr().out
 
 
 def test_s2_what_lies_in_out_is_no_source(tmp_path, capsys, monkeypatch):
@@ -1034,7 +1042,7 @@ def test_what_was_written_before_a_broken_file_stays(tmp_path):
 
 def test_a_killed_worker_is_a_sentence(source, tmp_path, monkeypatch):
     def feed(*args):  # a chunk whose arrival kills the worker
-        yield (0, 0), 1, ("x", "text", Bomb())
+        yield (0, 0), ("x", "text", Bomb())
 
     monkeypatch.setattr(fineweb, "list_chunks", feed)
     with pytest.raises(UserError, match="--workers: one was killed, .*; give fewer"):
