@@ -1073,8 +1073,8 @@ def read_log(path):
 
 # The screen -----------------------------------------------------------------------------------
 
-PEAK_TFLOPS = (  # dense bfloat16, or float16, by NVIDIA's data sheets, half of what they give with
-    # sparsity (GB200, GB300: those of NVL72); RTX: its white papers. The first that fits counts
+PEAK_TFLOPS = (  # bfloat16, or float16, without sparsity, by NVIDIA's data sheets (GB200, GB300: of
+    # NVL72; RTX: white papers). The first that fits counts
     {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989}
     | {"H800 PCIe": 756, "H800": 989, "H20": 148, "B200": 2250, "GB200": 2500, "B300": 2250}
     | {"GB300": 2500, "A100": 312, "A800": 312, "V100": 125, "T4": 65, "A40": 150, "A10G": 70}
