@@ -226,7 +226,8 @@ def open_shards(data_dir, split):
 
 def describe_shards(data_dir):
     """{name: [bytes, SHA-256 where a manifest has it, else None]} of all shards of a folder."""
-    sums = {s["name"]: s["sha256"] for m in read_manifests(data_dir).values() for s in m["shards"]}
+    shards = [shard for m in read_manifests(data_dir).values() for shard in m["shards"]]
+    sums = {shard["name"]: shard["sha256"] for shard in shards}
     return {p.name: [p.stat().st_size, sums.get(p.name)] for p in list_shards(data_dir)}
 
 
@@ -448,7 +449,7 @@ def read_contents(path, column):
 
 
 def list_chunks(files, column, start):
-    """Yields ((file, chunk), (path, column, content)) from the place `start`, [file, chunk, ...]."""
+    """Yields ((file, chunk), (path, column, content)) from `start`, [file, chunk, ...], on."""
     for f, path in enumerate(files[start[0] :], start[0]):
         with reading(path):
             for c, content in enumerate(read_contents(path, column)):

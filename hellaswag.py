@@ -439,7 +439,7 @@ def load_gpt2(name_or_dir):
     from transformers.utils import logging
 
     if str(name_or_dir) not in OPENAI and not Path(name_or_dir).is_dir():
-        raise UserError(f"{name_or_dir}: no such directory; give one, or of {', '.join(OPENAI)}")
+        raise UserError(f"{name_or_dir}: no such directory; give one, or {', '.join(OPENAI)}")
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what matters of its warnings is refused here
     here = Path(name_or_dir).is_dir()

@@ -51,7 +51,7 @@ def test_wrong_folders(base, tmp_path):
     refused(train(shards, file, check=False), "made_val_000000.npy: is a file")
     for name in (nowhere, "./nothing", "gpt3"):
         done = run_here("--sample_only", "--init_from", name, check=False)
-        refused(done, f"{name}: no such directory; give one, or a name: gpt2,")
+        refused(done, f"{name}: no such directory; give one, or gpt2,")
     if not torch.cuda.is_available():
         refused(train(shards, out, "--device", "cuda", check=False), "--device cuda: there is none")
     assert (out / "log.txt").read_bytes() == before
