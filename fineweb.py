@@ -326,11 +326,11 @@ def find_files(config, known):
     commit, source, there = None, Path(config.source), os.path.exists(config.source)
     differs = known and config.revision not in (None, known.get("revision"))
     if there or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source):
-        plain = [there or not glob.has_magic(part) for part in source.parts] + [False]
-        base = Path(*source.parts[: plain.index(False)])
+        magic = [not there and glob.has_magic(part) for part in source.parts]
+        n = [*magic, True].index(True)  # so many parts are names; the rest, if any, is a pattern
+        base, pattern = Path(*source.parts[:n]), source.parts[n:]
         seen = {os.path.realpath(config.out)} - {os.path.realpath(base)}
-        rest = source.parts[plain.index(False) :]
-        files = sorted(map(str, walk(base, rest, seen)), key=natural)
+        files = sorted(map(str, walk(base, pattern, seen)), key=natural)
     elif known and known.get("source") == [config.source, config.name] and not differs:
         return known["revision"], known["files"]  # even if the hub has a newer version by now
     else:
@@ -441,10 +441,11 @@ def read_contents(path, column):
     while lines := stream.readlines(CHUNK):
         texts = []
         for number, line in enumerate(lines, number + 1):
-            with blame(f"{path}, line {number} is no JSON object", "mend or drop it"):
-                if not isinstance(record := json.loads(line.strip() or "{}"), dict):
-                    raise ValueError(f"it begins with {line.decode().strip()[:60]}")
-                texts += [record.get(column)] if line.strip() else []
+            if line.strip():
+                with blame(f"{path}, line {number} is no JSON object", "mend or drop it"):
+                    if not isinstance(record := json.loads(line), dict):
+                        raise ValueError(f"it begins with {line.decode().strip()[:60]}")
+                    texts.append(record.get(column))
         yield texts
 
 
