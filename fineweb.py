@@ -16,6 +16,7 @@ kill -9 or a power cut the same command continues. Memory: one shard, and a few 
 of Parquet, 4 MB of JSON or of a txt file) per worker.
 """
 
+import bisect
 import functools
 import glob
 import hashlib
@@ -65,15 +66,15 @@ CUT = re.compile(r"\S(?=[ \t\r\n])|[^\W_](?=[,.;:!?、。，！？])")
 CHUNK = 1 << 22  # bytes of JSON, or characters of a txt file, at a time
 ROW_GROUP = 64 << 20  # bytes; a larger row group of Parquet is not left to one worker
 chunks_done = itertools.count()  # by this process
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class UserError(Exception):
-    """A user's mistake, or a fault of their machine: one sentence, which main prints, exiting 1."""
+    """A user's mistake, or a fault of their machine: one sentence, which main prints.
+    The exit status is then 2, so that a shell loop can tell it from a crash."""
 
 
 @contextmanager
-def blame(what, remedy):
+def as_user_error(what, remedy):
     """Whatever goes wrong inside becomes a UserError: what, the innermost cause, what to do."""
     try:
         yield
@@ -91,6 +92,21 @@ def blame(what, remedy):
         if isinstance(cause, UnicodeDecodeError):  # whose positions begin at each piece
             text = f"no UTF-8: {cause.object[cause.start :][:20]!r}"
         raise UserError(f"{what} ({text}); {remedy}") from error
+
+
+def available_cores():
+    """The number of CPU cores that this process may use. The machine can have more: a scheduler may
+    bind a process to some of them, and a container may have a quota (cgroup v2)."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2 here, or the quota is "max"
+        return cores
+    return cores
 
 
 def check_memory(needed, what):
@@ -177,7 +193,7 @@ def natural(name):
 
 
 def reading(path):
-    return blame(f"{path} cannot be read", "look at the file")
+    return as_user_error(f"{path} cannot be read", "look at the file")
 
 
 def list_shards(data_dir, split=None):
@@ -201,7 +217,7 @@ def list_shards(data_dir, split=None):
 
 def open_shard(path):
     """A shard's token ids, (n,) uint16, n > 0, a read-only memory map. UserError if it is none."""
-    with blame(f"{path} is not a whole shard of uint16 tokens", "make it again"):
+    with as_user_error(f"{path} is not a whole shard of uint16 tokens", "make it again"):
         size = os.path.getsize(path)
         if Path(path).suffix.lower() == ".bin":
             magic, version, count = np.fromfile(path, "<i4", 3).tolist()
@@ -224,6 +240,41 @@ def open_shards(data_dir, split):
     return [open_shard(path).view(np.ndarray) for path in list_shards(data_dir, split)]
 
 
+class TokenArray:
+    """Several shards as one long array of token ids, memory-mapped. It has a length, and slices
+    tokens[a:b] are (b - a,) uint16 arrays, which may run across the ends of shards.
+
+    vocab_size: a slice with an id that is not below it raises UserError."""
+
+    def __init__(self, shards, data_dir):
+        self.shards, self.data_dir, self.vocab_size = shards, data_dir, 2**16
+        self.ends = np.cumsum([len(shard) for shard in shards]).tolist()
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def __getitem__(self, window):
+        start, stop, _ = window.indices(len(self))
+        i = bisect.bisect_right(self.ends, start)  # the shard in which the slice begins
+        offset = start - (self.ends[i] - len(self.shards[i]))
+        tokens = self.shards[i][offset : offset + stop - start]
+        while len(tokens) < stop - start:  # the slice continues in the next shard
+            i += 1
+            rest = self.shards[i][: stop - start - len(tokens)]
+            tokens = np.concatenate([tokens, rest])
+        if tokens.max(initial=0) >= self.vocab_size:
+            what = f"its shards hold token id {tokens.max()}"
+            what += f", but the model has only {self.vocab_size} tokens"
+            raise UserError(f"{self.data_dir}: {what}; choose another --data_dir or --vocab_size")
+        return tokens
+
+
+def open_tokens(data_dir, split):
+    """All shards of a split, "train" or "val", as one TokenArray. UserError if there are none, or
+    if they are not as they were made."""
+    return TokenArray(open_shards(data_dir, split), data_dir)
+
+
 def describe_shards(data_dir):
     """{name: [bytes, SHA-256 where a manifest has it, else None]} of all shards of a folder."""
     shards = [shard for m in read_manifests(data_dir).values() for shard in m["shards"]]
@@ -235,7 +286,7 @@ def read_manifests(data_dir):
     """{file name: manifest}; one for each rank that made shards there. UserError if one is none."""
     manifests, remedy = {}, "to use the shards as they are, delete it"
     for path in sorted(Path(data_dir).glob("manifest*.json")):
-        with blame(f"{path} is no manifest of fineweb.py", remedy):
+        with as_user_error(f"{path} is no manifest of fineweb.py", remedy):
             manifest = manifests[path.name] = json.loads(path.read_text())
             forms = [(manifest, FORM), *((facts, FACTS) for facts in manifest["shards"])]
             if wrong := [k for d, form in forms for k in form if type(d[k]) is not form[k]]:
@@ -307,7 +358,7 @@ class Config:
     out: str = "edu_fineweb10B"  # folder for the shards
     shard_size: int = 100_000_000  # tokens in a shard
     format: Literal["npy", "bin"] = "npy"  # NumPy's, or llm.c's
-    workers: int = CORES  # processes that tokenize; 0 = this one
+    workers: int = available_cores()  # processes that tokenize; 0 = this one
     rank: int = 0  # which part of the source files is ours, in a job of several machines
     world_size: int = 1  # number of parts; they share --out
     verify: str | None = None  # check this folder, make nothing
@@ -335,12 +386,12 @@ def find_files(config, known):
         return known["revision"], known["files"]  # even if the hub has a newer version by now
     else:
         remedy = "without a network, --source can be parquet files that were fetched elsewhere"
-        with blame(f"{config.source} is no local path, and the hub does not give it", remedy):
+        with as_user_error(f"{config.source} is no local path, and the hub does not give it", remedy):
             from datasets import load_dataset_builder
             from huggingface_hub import HfApi
 
             commit = HfApi().dataset_info(config.source, revision=config.revision).sha
-        with blame(f"--name {config.name} of {config.source} cannot be had", "give another"):
+        with as_user_error(f"--name {config.name} of {config.source} cannot be had", "give another"):
             builder = load_dataset_builder(config.source, config.name, revision=commit)
             files = [str(f) for f in builder.config.data_files["train"] if kind(f)]
     if len({kind(f) for f in files}) != 1 or len(files) < config.world_size:
@@ -442,7 +493,7 @@ def read_contents(path, column):
         texts = []
         for number, line in enumerate(lines, number + 1):
             if line.strip():
-                with blame(f"{path}, line {number} is no JSON object", "mend or drop it"):
+                with as_user_error(f"{path}, line {number} is no JSON object", "mend or drop it"):
                     if not isinstance(record := json.loads(line), dict):
                         raise ValueError(f"it begins with {line.decode().strip()[:60]}")
                     texts.append(record.get(column))
@@ -533,7 +584,7 @@ def write_whole(path, write):
     """A binary file that takes its name when all of it is on the disk, or never. UserError."""
     temporary = path.with_name(path.name + ".tmp")
     remedy = "all shards before it stay, and the same command continues after them"
-    with blame(f"{path} cannot be written", remedy):
+    with as_user_error(f"{path} cannot be written", remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -606,7 +657,7 @@ def build(config):
     for name, (low, end) in limits.items():  # llm.c's header counts in int32
         if not low <= getattr(config, name) < end:
             raise UserError(f"--{name} is out of its range; give at least {low} and below {end}")
-    with blame("--shard_size is too large for this machine", "give less"):
+    with as_user_error("--shard_size is too large for this machine", "give less"):
         buffer, filled = np.empty(config.shard_size, np.uint16), 0
     out, (manifest, files) = Path(config.out), open_manifest(config)
     if manifest["complete"]:
@@ -662,7 +713,7 @@ def build_demo(out):
     if out.is_dir() and any(out.iterdir()):
         return
     random.Random(0).shuffle(texts)  # from alphabetical order: the first tenth is for validation
-    with blame(f"{out} cannot be written", "give another --data_dir"):
+    with as_user_error(f"{out} cannot be written", "give another --data_dir"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             source = Path(folder) / "python_docs.jsonl"
@@ -683,7 +734,8 @@ def main(argv=None):
     try:
         verify(config.verify) if config.verify else build(config)
     except UserError as error:
-        sys.exit(f"fineweb.py: {error}")
+        print(f"fineweb.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("fineweb.py: interrupted; the shards so far stay, the same command continues")
 

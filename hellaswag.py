@@ -54,7 +54,7 @@ import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from fineweb import UserError, blame, check_memory, token_ids
+from fineweb import UserError, as_user_error, check_memory, token_ids
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 N_ITEMS = 10042  # lines of that file
@@ -92,7 +92,7 @@ def load_items(path=DATA, limit=None, style="completion"):
         problem = next(filter(None, problems), None)
     if problem:
         raise UserError(problem)
-    with blame(f"{path} cannot be read", "look at the file"):
+    with as_user_error(f"{path} cannot be read", "look at the file"):
         lines = [(n, x) for n, x in enumerate(path.read_bytes().splitlines()) if x.strip()]
     records = [check(f"{path}, line {n + 1}", n, line, style) for n, line in lines]
     if not records or (limit is not None and limit < 1):
@@ -122,7 +122,7 @@ def download(path):
     if path.name != Path(URL).name:  # a misspelt --data must not become a download
         raise UserError(f"{path}: no such file; give one, or a path that ends in {Path(URL).name}")
     part = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with blame(f"{path} is missing and {URL} cannot be downloaded", "put it there yourself"):
+    with as_user_error(f"{path} is missing and {URL} cannot be downloaded", "put it there yourself"):
         try:
             with urllib.request.urlopen(URL, timeout=60) as response:
                 data, size = response.read(), response.headers["Content-Length"]
@@ -139,7 +139,7 @@ def download(path):
 def check(where, number, line, style):
     """A line of the file, bytes, as a dict, with its index. UserError, beginning with `where`, if
     it is not fit for use."""
-    with blame(f"{where} is not JSON", "mend or drop the line"):
+    with as_user_error(f"{where} is not JSON", "mend or drop the line"):
         if not isinstance(record := json.loads(line), dict):
             raise UserError(f"{where} is not a JSON object; mend or drop the line")
     record = {"ind": number} | record
@@ -364,7 +364,7 @@ def evaluate(model, items, device, rank=0, world_size=1, token_budget=None, prog
 def partial(path):
     """Where to write what is to be the file `path`: beside it, or to itself if it is a pipe or
     device. Tries that. UserError."""
-    with blame(f"{path} cannot be written", "give another --json"):
+    with as_user_error(f"{path} cannot be written", "give another --json"):
         if path.is_dir():
             raise ValueError("it is a folder")
         if Path("/dev") in path.parents or (path.exists() and not path.is_file()):
@@ -380,7 +380,7 @@ def save_records(path, items, losses):
     """One JSON object per line: index, label, losses (4, nats), lengths (4), pick, pick_norm. The
     file appears whole. UserError."""
     chosen = [pick.tolist() for pick in picks(items, losses)]
-    with blame(f"{path} cannot be written", "give another --json"):
+    with as_user_error(f"{path} cannot be written", "give another --json"):
         with partial(path).open("a") as file:
             for item, summed, pick, pick_norm in zip(items, losses.tolist(), *chosen):
                 record = dict(index=item.index, label=item.label, losses=summed)
@@ -396,7 +396,7 @@ def compare(a, b):
     find the same items hard. Returns text. UserError."""
     keys, right = [], []
     for path in (a, b):
-        with blame(f"{path} is not a file that --json wrote", "give one for each of the two"):
+        with as_user_error(f"{path} is not a file that --json wrote", "give one for each of the two"):
             side = [json.loads(line) for line in Path(path).read_text().splitlines()]
             keys.append([(r["index"], r["label"]) for r in side])
             right.append(np.array([r["pick_norm"] == r["label"] for r in side]))
@@ -444,7 +444,7 @@ def load_gpt2(name_or_dir):
     logging.set_verbosity_error()  # what matters of its warnings is refused here
     here = Path(name_or_dir).is_dir()
     remedy = "look at its files" if here else "look at the connection, or give a directory"
-    with blame(f"{name_or_dir} cannot be loaded", remedy):
+    with as_user_error(f"{name_or_dir} cannot be loaded", remedy):
         c = GPT2Config.from_pretrained(name_or_dir)
         weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
         check_memory(4 * weights + 20_000 * c.n_layer, name_or_dir)  # Python's objects, too
@@ -461,7 +461,7 @@ def run(config):
     auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
     dtype = getattr(torch, config.dtype)
-    with blame(f"--device {device} cannot be used here", "--device auto takes what can"):
+    with as_user_error(f"--device {device} cannot be used here", "--device auto takes what can"):
         torch.zeros(1, device=device)
     if config.json:
         partial(config.json)  # a target that cannot be is known before the work
@@ -481,7 +481,8 @@ def main(argv=None):
     try:
         print(compare(*config.compare)) if config.compare else run(config)
     except UserError as error:
-        sys.exit(f"hellaswag.py: {error}")
+        print(f"hellaswag.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

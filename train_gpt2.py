@@ -490,7 +490,7 @@ def evaluate(model, loader, val_tokens, autocast):
 # Processes, devices, precisions ---------------------------------------------------------------
 
 
-@fineweb.blame("the processes cannot find each other", "start them with torchrun")
+@fineweb.as_user_error("the processes cannot find each other", "start them with torchrun")
 def init_processes(device_name="auto"):
     """(rank, world_size, device). torchrun starts one process per GPU and tells each its rank; what
     follows is the same without it, with rank 0 of 1."""
@@ -898,7 +898,7 @@ class Saver:
         remedy = "make room and go on with --resume; older checkpoints are whole"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            with fineweb.blame(f"{final} cannot be written", remedy):
+            with fineweb.as_user_error(f"{final} cannot be written", remedy):
                 self.model.save_pretrained(temporary)
                 torch.save(state, temporary / "training_state.pt")
                 for path in temporary.iterdir():  # on the disk before the name says so
@@ -932,7 +932,7 @@ def newest_checkpoint(out_dir):
     found = find_checkpoints(out_dir)
     for step, path in reversed(found):
         try:
-            with fineweb.blame(f"{path} is damaged", "the one before it is taken"):
+            with fineweb.as_user_error(f"{path} is damaged", "the one before it is taken"):
                 with zipfile.ZipFile(path / "training_state.pt") as archive:
                     if member := archive.testzip():
                         raise ValueError(f"wrong checksum of {member}")
@@ -1006,7 +1006,7 @@ class Log:
                 values["skip"] = self.left_out
         if self.file:
             remedy = "make room, and go on with --resume"
-            with fineweb.blame(f"{self.path} cannot be written", remedy):
+            with fineweb.as_user_error(f"{self.path} cannot be written", remedy):
                 for stream, value in values.items():
                     self.file.write(f"{step} {stream} {value:.12f}\n")
             for watch in self.watchers:
@@ -1023,7 +1023,7 @@ class Log:
 def note_run(config, first_step):
     """Add to run.json, a list, what this start depends on."""
     path = Path(config.out_dir) / "run.json"
-    with fineweb.blame(f"{path} cannot be read", "remove it"):
+    with fineweb.as_user_error(f"{path} cannot be read", "remove it"):
         starts = json.loads(path.read_text()) if path.exists() else []
         starts = starts if first_step else []  # a new run
     start = dict(first_step=first_step, started=f"{datetime.now():%F %T}", versions=versions())
@@ -1038,7 +1038,7 @@ def watchers(config, first_step):
     Biases every start is a run of its own; those of one folder are a group."""
     found, run = [], f"{config.out_dir} from step {first_step}"
     if config.tensorboard:
-        with fineweb.blame("--tensorboard cannot work here", "pip install tensorboard"):
+        with fineweb.as_user_error("--tensorboard cannot work here", "pip install tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(Path(config.out_dir) / "tensorboard", purge_step=first_step)
@@ -1050,7 +1050,7 @@ def watchers(config, first_step):
 
         found.append(to_tensorboard)
     if config.wandb:
-        with fineweb.blame("--wandb cannot work here", "pip install wandb; wandb login"):
+        with fineweb.as_user_error("--wandb cannot work here", "pip install wandb; wandb login"):
             import wandb
 
             names = dict(project=config.wandb, name=run, group=config.out_dir)

@@ -29,7 +29,7 @@ from fineweb import (
     EOT,
     Config,
     UserError,
-    blame,
+    as_user_error,
     build,
     build_demo,
     check_manifest,
@@ -1081,11 +1081,11 @@ def test_full_disk(source, tmp_path):
 # -- the sentences themselves
 
 
-def test_blame_tells_the_innermost_cause():
+def test_as_user_error_tells_the_innermost_cause():
     def told(error, **links):
         for name, value in links.items():
             setattr(error, name, value)
-        with pytest.raises(UserError) as caught, blame("x cannot be read", "look at it"):
+        with pytest.raises(UserError) as caught, as_user_error("x cannot be read", "look at it"):
             raise error
         return re.fullmatch(r"x cannot be read \((.*)\); look at it", str(caught.value))[1]
 
@@ -1103,8 +1103,8 @@ def test_blame_tells_the_innermost_cause():
 
 
 @pytest.mark.parametrize("error", [UserError("x: is wrong; y"), KeyboardInterrupt()])
-def test_blame_lets_pass(error):
-    with pytest.raises(type(error)) as caught, blame("x cannot be read", "look at it"):
+def test_as_user_error_lets_pass(error):
+    with pytest.raises(type(error)) as caught, as_user_error("x cannot be read", "look at it"):
         raise error
     assert caught.value is error and error.__cause__ is None
 
