@@ -1,38 +1,51 @@
-"""Reproduce GPT-2 (124M): the network, OpenAI's weights, training, HellaSwag, samples.
+"""Reproduce GPT-2 (124M): the network, OpenAI's weights, training, evaluation, sampling.
 
-    python train_gpt2.py --demo                             # any laptop: a small GPT-2 in minutes
-    python fineweb.py                                       # 10B tokens into edu_fineweb10B/
-    python train_gpt2.py                                    # one GPU; the defaults are the recipe
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs split the same batches
-    python train_gpt2.py --resume                           # go on from the newest checkpoint
-    python train_gpt2.py --init_from gpt2 --sample_only     # sample OpenAI's weights
+    python train_gpt2.py --demo                             # trains a small GPT-2 on any laptop
+    python fineweb.py                                       # writes 10B tokens to edu_fineweb10B/
+    python train_gpt2.py                                    # trains GPT-2 (124M) on one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py  # the same training on eight GPUs
+    python train_gpt2.py --resume                           # continues from the newest checkpoint
+    python train_gpt2.py --init_from gpt2 --sample_only     # prints samples from OpenAI's GPT-2
 
-The lecture is the upper part of this file, down to the end of train(), in this order:
+To learn how GPT-2 is trained, read from here to the end of train(). The code follows Andrej
+Karpathy's lecture "Let's reproduce GPT-2 (124M)":
 
-    the network, flash attention ............... CausalSelfAttention, attention, MLP, Block, ...
-    logits, cross entropy, ln V at the start ... GPT.forward, cross_entropy
-    tied embeddings, initialisation ............ GPT.__init__, GPT.init_weights
-    weights in and out ......................... GPT.from_pretrained, GPT.save_pretrained
-    AdamW, weight-decay groups, fused .......... GPT.configure_optimizers
-    padded vocabulary, the sampling loop ....... GPT.n_ids, GPT.generate, print_samples
-    warm-up, cosine, batch-size schedule ....... get_lr, get_batch_size
-    batches, shards, epochs .................... DataLoaderLite
-    the validation split ....................... evaluate
-    devices, processes, precisions ............. init_processes, pick_device, pick_dtype
-    accumulation, autocast, DDP, clipping ...... training_step
-    TF32, compile, checkpoints, HellaSwag, the
-    loop, overfitting one batch ................ train
+    GPTConfig, CausalSelfAttention, MLP, Block, GPT ... the network, its initial weights, the loss
+    GPT.from_pretrained ............................... OpenAI's weights
+    GPT.configure_optimizers .......................... AdamW, weight decay
+    GPT.generate ...................................... sampling
+    TrainConfig ....................................... all settings of a training run
+    get_lr, get_batch_size ............................ warm-up, cosine decay, batch-size schedule
+    DataLoaderLite .................................... batches of tokens, for any number of GPUs
+    evaluate .......................................... validation loss
+    init_distributed, pick_device, pick_dtype ......... processes, devices, precision
+    training_step ..................................... gradient accumulation, DDP, clipping
+    train ............................................. TF32, torch.compile, checkpoints, the loop
 
-The lower part, behind a rule, keeps a run safe and its screen readable. It can be skipped.
+The code below the double line handles checkpoint files, the log, console output, fast paths for
+CPUs, and the command line. You can skip it. The code above the line uses these names from there:
 
-Letters in shapes: B sequences of T tokens, C channels (n_embd), V rows of the vocabulary, H heads
-of D channels each. GPT-1, 2 and 3 are Radford et al. 2018 and 2019 and Brown et al. 2020.
+    load_hugging_face ....... transformers' GPT2LMHeadModel, loaded by name or from a directory
+    KVCache ................. keeps the keys and values of earlier tokens, for generate()
+    print0 .................. print on rank 0 only
+    check_args .............. stops with a message if the settings cannot work
+    use_cpu_kernels ......... on a CPU, swaps in faster code for attention and loss
+    bfloat16_is_faster ...... times bfloat16 and float32 on this CPU
+    pick_micro_batch_size ... the largest micro-batch that divides the batch and fits in memory
+    prefetch ................ reads the next batch in a thread while the current one trains
+    load_hellaswag .......... the HellaSwag examples, or None
+    Run ..................... log.txt, checkpoint files, console output, Ctrl-C
+
+KVCache, use_cpu_kernels and hellaswag.py compute the same network in other ways. If you change the
+network, change them, too; tests compare them with it.
+
+Shapes: B sequences of T tokens, C channels (n_embd), H attention heads of D channels each, V tokens
+in the vocabulary. Papers: GPT-1, Radford et al. 2018; GPT-2, 2019; GPT-3, Brown et al. 2020.
 """
 
 import math
 import os
 import time
-from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -45,122 +58,59 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fineweb
 import hellaswag
-from fineweb import VOCAB_SIZE, UserError, tokenizer  # UserError: shown without a traceback
+from fineweb import VOCAB_SIZE, tokenizer  # 50257: 50,000 BPE merges, 256 bytes, <|endoftext|>
 
-# Configuration --------------------------------------------------------------------------------
-
-PADDED_VOCAB_SIZE = 50304  # 50257 and padding to a multiple of 128, which GPUs multiply faster
-
-
-@dataclass(frozen=True)
-class Config:
-    """A run: one knob per line, from which tyro makes the command line. Skim it at first."""
-
-    # where from, where to
-    demo: bool = False  # settings for a short run on text that ships with Python
-    finetune: bool = False  # settings for --init_from on a small text: two epochs at a low rate
-    data_dir: str = "edu_fineweb10B"  # shards that fineweb.py wrote
-    out_dir: str = "log"  # log.txt and checkpoints
-    tensorboard: bool = False  # also writes the log's records there for TensorBoard
-    wandb: str = ""  # also sends them to this project of Weights & Biases
-    init_from: str = "scratch"  # or gpt2 ... gpt2-xl, or a directory: weights to start from
-    resume: bool = False  # go on from out_dir's newest checkpoint, with the settings of its run
-    # the network, unless --init_from brings its own
-    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3-125M"] = "gpt2"  # SIZES
-    n_layer: int | None = None  # blocks; these three, if given, replace those of that size
-    n_head: int | None = None  # attention heads per block
-    n_embd: int | None = None  # channels, a multiple of n_head
-    block_size: int | None = None  # longest context; None: 1024 tokens, or seq_len if longer
-    vocab_size: int = PADDED_VOCAB_SIZE  # rows of the vocabulary
-    # batch and data order
-    total_batch_size: int = 524288  # tokens per update, 2**19: 0.5M in GPT-3 table 2.1
-    batch_ramp_steps: int = 0  # updates with 1/8, then 1/4, then 1/2 of total_batch_size
-    micro_batch_size: int | Literal["auto"] = "auto"  # sequences on one device at a time
-    seq_len: int = 1024  # tokens per sequence
-    shuffle: bool = True  # visit the training windows in a new order each epoch
-    seed: int = 1337  # of the weights and of the data order
-    overfit_one_batch: bool = False  # train on the first batch only: the loss must go to nearly 0
-    # optimization: GPT-3 appendix B, but for the length of the run
-    max_steps: int = 19073  # updates: 10e9 tokens / 2**19
-    epochs: float = 0  # if given, sets max_steps to so many passes over the training tokens
-    warmup_steps: int = 715  # 375M tokens / 2**19
-    max_lr: float = 6e-4  # GPT-3 table 2.1; for a larger --model the command line lowers it
-    min_lr: float = 6e-5  # where the cosine ends: 10% of max_lr
-    weight_decay: float = 0.1  # of matrices and embeddings
-    grad_clip: float = 1.0  # largest norm of the whole gradient (0 = no limit)
-    # every so many steps, and after the last update (0 = never)
-    val_every: int = 250  # validation loss
-    hellaswag_every: int = 250  # HellaSwag acc_norm
-    sample_every: int = 250  # print samples
-    save_every: int = 5000  # write a checkpoint
-    save_minutes: float = 30  # also after so many minutes without one (0 = never)
-    keep_checkpoints: int = 3  # older ones that stay beside the newest (0 = all)
-    val_tokens: int = 10485760  # of the validation split, 20 * 2**19; the same ones every time
-    hellaswag_data: str = "hellaswag/hellaswag_val.jsonl"  # downloaded to here if nothing is there
-    # sampling
-    prompt: str = "Hello, I'm a language model,"  # samples begin with it; "-": from stdin
-    sample_tokens: int = 32  # new tokens per sample
-    temperature: float = 1.0  # 0 = always the likeliest token
-    top_k: int = 50  # draw from the k likeliest tokens (0 = all)
-    top_p: float = 1.0  # of those, only the likeliest that together have this probability
-    sample_only: bool = False  # no training: print samples of the weights that --init_from names
-    # machine
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of matrix products
-    compile: bool = False  # torch.compile; the command line turns it on for CUDA (--no-compile)
+# The network ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A network: what Config asks for, or what loaded weights bring. Defaults: OpenAI's 124M."""
+    """The shape of a network. The defaults are GPT-2 (124M)."""
 
-    block_size: int = 1024  # longest context in tokens
-    vocab_size: int = VOCAB_SIZE  # rows of the vocabulary, padding included
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = VOCAB_SIZE
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
 
 
-# The network ----------------------------------------------------------------------------------
-# GPT-2, with Hugging Face's parameter names; no dropout, as one pass over fresh text needs none
-
-
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):  # a GPTConfig, here and below
+    """Lets each token collect information from itself and the tokens before it."""
+
+    def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask=None):  # training gives no mask: causal
+    def forward(self, x):
         B, T, C = x.shape
-        H, D = self.n_head, C // self.n_head
+        H, D = self.n_head, C // self.n_head  # GPT-2 (124M): 12 heads of 64 channels
+        # A token's query says what it is looking for, its key says what it offers, and its value is
+        # what it passes on to the tokens whose queries match its key. Each head has its own three.
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         v = v.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
-        y = attention(q, k, v, mask)  # (B, H, T, D)
+        # Each token's query is compared with the keys of all tokens up to itself; their values are
+        # averaged accordingly (Vaswani et al. 2017, equation 1, with a causal mask):
+        #     att = q @ k.transpose(2, 3) / math.sqrt(D)  # (B, H, T, T)
+        #     att = att.masked_fill(future, -math.inf)  # future: True where the key comes later
+        #     y = F.softmax(att, dim=-1) @ v
+        # If q and k have variance 1, their dot product has variance D; dividing by sqrt(D) makes it
+        # 1 again. With larger scores, softmax puts almost all weight on one token, and almost no
+        # gradient gets through it. On an NVIDIA GPU in bfloat16 or float16, the function runs as
+        # flash attention (Dao et al. 2022): tile by tile in fast on-chip memory, with a running
+        # maximum and sum for softmax. The (B, H, T, T) matrix is never stored; writing it to main
+        # memory and reading it back would take longer than the arithmetic.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return self.c_proj(y)
-
-
-def attention(q, k, v, mask=None):
-    """Each token looks at itself and at those before it. q, k, v: (B, H, T, D); returns the same.
-
-    Written out (Vaswani et al. 2017, equation 1):
-        mask = torch.ones(T, T, dtype=torch.bool).tril()  # True: may look
-        weights = q @ k.transpose(2, 3) / math.sqrt(D)
-        weights = weights.masked_fill(~mask, -math.inf)
-        weights = F.softmax(weights, dim=-1)
-        return weights @ v
-    PyTorch's function gives the same; on a GPU as flash attention, whose (B, H, T, T) weights come
-    and go in tiles on the chip and are never written to memory."""
-    if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
-        return cpu_attention(q, k, v)  # bfloat16 on a CPU: written out is faster
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=(mask is None))
+        return self.c_proj(y)  # mixes the heads
 
 
 class MLP(nn.Module):
+    """Processes each token on its own."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -168,11 +118,13 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.c_fc(x)  # (B, T, 4C)
-        x = F.gelu(x, approximate="tanh")  # the form that OpenAI's weights were trained with
-        return self.c_proj(x)
+        x = F.gelu(x, approximate="tanh")  # OpenAI trained with this approximation of GELU
+        return self.c_proj(x)  # (B, T, C)
 
 
 class Block(nn.Module):
+    """Attention and MLP. Both read a normalized copy of the residual stream x and add to it."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -180,136 +132,104 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None):
-        x = x + self.attn(self.ln_1(x), mask)  # tokens exchange what they know
-        x = x + self.mlp(self.ln_2(x))  # each token thinks it over
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
         return x
 
 
-class Transformer(nn.Module):
-    """From token ids to hidden states: Hugging Face's GPT2Model."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.block_size = config.block_size
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # token embeddings
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embeddings
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
-
-    def forward(self, idx, position_ids=None, attention_mask=None):
-        """idx: (B, T) int64; returns (B, T, C). Training gives idx alone; skip the others at first.
-        hellaswag.py packs a context and its four endings into one row: position_ids (B, T) let each
-        ending start right after the context, attention_mask (B, 1, T, T) hides them from each
-        other."""
-        T = idx.size(1)
-        if T > self.block_size:
-            raise ValueError(f"{T} tokens are more than the model's context of {self.block_size}")
-        if position_ids is None:
-            position_ids = torch.arange(T, device=idx.device)
-        x = self.wte(idx) + self.wpe(position_ids)  # (B, T, C)
-        for block in self.h:
-            x = block(x, attention_mask)
-        return self.ln_f(x)
-
-
-def cross_entropy(lm_head, x, targets):
-    """Mean of -ln p(target), in nats per token. x: (B, T, C), targets: (B, T) int64. At first all
-    tokens are about equally likely, so the loss starts near ln V = 10.83 (V = 50304).
-    It takes lm_head and x instead of logits, because (B, T, V) logits take gigabytes: on a CPU,
-    unless torch.compile has fused it all, they are made for a few tokens at a time."""
-    if x.is_cpu and not torch.compiler.is_compiling():
-        return CPUCrossEntropy.apply(x, lm_head.weight, targets)  # the same loss in less memory
-    logits = lm_head(x)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def transpose_conv1d(name, tensor):
-    """Hugging Face's Conv1D stores these weights as (in, out), nn.Linear as (out, in). Transposing
-    is its own inverse, so this serves both ways."""
-    conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    return tensor.t().contiguous() if name.endswith(conv1d) else tensor
-
-
-SIZES = {  # GPT-2 table 2: 124M, 355M, 774M and 1,558M parameters
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-    "gpt3-125M": dict(n_layer=12, n_head=12, n_embd=768),  # as gpt2; with seq_len 2048
-}
-
-
 class GPT(nn.Module):
+    """GPT-2, with Hugging Face's names for its parameters. There is no dropout: in pretraining each
+    text is seen about once, so overfitting is no concern."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = Transformer(config)
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
+                wpe=nn.Embedding(config.block_size, config.n_embd),  # position embeddings
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),  # hidden layers
+                ln_f=nn.LayerNorm(config.n_embd),  # final
+            )
+        )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Tied: one tensor reads tokens and predicts them (Press and Wolf 2017). It saves 39M
-        # parameters of what would be 163M.
+        # Weight tying (Press and Wolf 2017): one (V, C) tensor is both the input embedding and the
+        # output classifier, because similar tokens should have similar rows in both. It also saves
+        # 39M of 163M parameters.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """N(0, 0.02) for matrices and embeddings (GPT-1, section 4.1). Each block adds to the
-        residual stream twice, through a c_proj: those get 0.02 / sqrt(2 n_layer), so that the sum
-        of all 2 n_layer terms does not grow with depth (GPT-2, section 2.3)."""
-        for name, p in self.named_parameters():  # the tied tensor comes once
+        """Matrices and embeddings: normal with standard deviation 0.02 (GPT-1, section 4.1). For
+        C = 768, 1 / sqrt(C) = 0.036 would keep a layer's output at the scale of its input; as
+        LayerNorm rescales what attention and MLP read, the exact value matters little. Biases: 0.
+
+        The residual stream sums the embeddings and the outputs of 2 * n_layer c_proj layers (one
+        per attention, one per MLP). These are independent at first, so its standard deviation
+        would grow with sqrt(2 * n_layer). Therefore the weights of c_proj are scaled by
+        1 / sqrt(2 * n_layer) (GPT-2, section 2.3)."""
+        for name, p in self.named_parameters():  # lists the tied tensor once
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
-                nn.init.zeros_(p)  # what is left, the weights of LayerNorm, are ones already
+                nn.init.zeros_(p)
+            # the scales of LayerNorm keep PyTorch's default, 1
 
     def forward(self, idx, targets=None):
-        """idx, targets: (B, T) int64, each target being the token after. Without targets the logits
-        (B, T, V); with them the mean loss."""
-        x = self.transformer(idx)  # (B, T, C)
+        """idx: token ids, (B, T) int64. Returns the logits (B, T, V).
+
+        targets: (B, T) int64, the token after each token of idx. If they are given, returns the
+        loss instead, the mean of -ln(probability of the target). (It does not return the logits as
+        well: that would keep gigabytes alive.) An untrained model gives all V tokens about the same
+        probability, so the first loss is near ln V = 10.83, or a little above."""
+        T = idx.size(1)
+        assert T <= self.config.block_size, f"{T} tokens > block_size {self.config.block_size}"
+        pos = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         if targets is None:
-            return self.lm_head(x)
-        return cross_entropy(self.lm_head, x, targets)
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
-        """OpenAI's weights by name, gpt2 ... gpt2-xl, or a directory that save_pretrained wrote,
-        ours or Hugging Face's. UserError if it is not there or is no plain GPT-2."""
-        hf = load_hugging_face(name_or_dir)  # transformers' GPT2LMHeadModel, checked
+        """A model with OpenAI's weights (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or with those of
+        a checkpoint's directory, ours or Hugging Face's. Raises UserError if it holds no GPT-2."""
+        hf = load_hugging_face(name_or_dir)
         c = hf.config
         shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
         model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, **shape))
-        state = {name: transpose_conv1d(name, t) for name, t in hf.state_dict().items()}
-        model.load_state_dict(state)  # refuses any name or shape that differs
+        state_dict = {name: transpose_conv1d(name, p) for name, p in hf.state_dict().items()}
+        model.load_state_dict(state_dict)  # raises if a name or a shape differs
         return model
 
-    def save_pretrained(self, directory):
-        """Write a directory that from_pretrained and transformers open."""
-        save_hugging_face(self, directory)
-
     def configure_optimizers(self, weight_decay, learning_rate):
-        """AdamW with the betas, eps and weight decay of GPT-3 appendix B. Matrices and embeddings
-        decay; biases and LayerNorm's weights, which have one dimension, do not."""
+        """AdamW (Loshchilov and Hutter 2019) keeps two running means per weight: m of its gradient
+        and v of its squared gradient. A step changes the weight by -lr * m / (sqrt(v) + eps), with
+        m and v corrected for their start at 0: by about lr, and less where successive gradients
+        disagree. beta1 = 0.9 averages m over about 10 steps, beta2 = 0.95 v over about 20. With
+        PyTorch's default of 0.999, about 1000 steps, v would follow changes in the size of the
+        gradients too slowly. The values are GPT-3's (appendix B).
+
+        Weight decay multiplies a weight by 1 - lr * weight_decay in every step, so that only what
+        the loss needs stays large. Biases and LayerNorm's scales are exempt: a scale pulled to 0
+        would switch its channel off."""
         params = list(self.parameters())
-        decay = [p for p in params if p.dim() >= 2]
-        no_decay = [p for p in params if p.dim() < 2]
         groups = [
-            {"params": decay, "weight_decay": weight_decay},
-            {"params": no_decay, "weight_decay": 0.0},
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # fused: one kernel updates all 148 tensors, instead of several for each; on CPUs, too
+        # fused: a few kernels update all tensors, instead of several for each
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
-
-    def n_ids(self):
-        """How many rows of the vocabulary are real tokens: of the padded 50304 the first 50257. The
-        other 47 never occur in data, so training only makes them unlikely. Any other vocabulary has
-        no padding. Used to check data, and to leave the padding out of saved weights."""
-        padded = self.config.vocab_size == PADDED_VOCAB_SIZE
-        return VOCAB_SIZE if padded else self.config.vocab_size
 
     def next_logits(self, idx):
         """Logits (B, V) of the token that follows idx (B, T)."""
@@ -319,347 +239,458 @@ class GPT(nn.Module):
     def generate(
         self, idx, max_new_tokens, temperature=1.0, top_k=50, top_p=1.0, seed=42, use_cache=True
     ):
-        """Continue idx, (B, T) int64, to (B, T + max_new_tokens). Each token is drawn from the
-        top_k likeliest (0 = all; temperature 0 = always the likeliest), by a generator of its own:
-        sampling does not change training's random numbers."""
-        # CachedDecoder gives the same logits, and remembers until the context is full
-        next_logits = CachedDecoder(self) if use_cache else self.next_logits
+        """Continue idx, (B, T) int64, to (B, T + max_new_tokens).
+
+        Each token is sampled from the top_k most likely ones (0: from all). Their logits are
+        divided by temperature. At 0.5, a token that was 3 times as likely as another becomes 9
+        times as likely; at 2, only sqrt(3) times; 0 always takes the most likely token. top_p then
+        keeps the smallest set of the most likely tokens whose probabilities add up to at least
+        top_p. Sampling has its own random generator, so it does not affect training."""
+        next_logits = KVCache(self).next_logits if use_cache else self.next_logits
         generator = torch.Generator(idx.device).manual_seed(seed)
         if temperature == 0:
-            temperature, top_k = 1.0, 1  # the only candidate is the likeliest
+            temperature, top_k = 1.0, 1
         for _ in range(max_new_tokens):
-            context = idx[:, -self.config.block_size :]  # the model can see no more
-            logits = next_logits(context)[:, :VOCAB_SIZE]  # GPT-2's tokens, no padding
+            context = idx[:, -self.config.block_size :]  # crop to the longest context
+            logits = next_logits(context)[:, :VOCAB_SIZE].float()  # (B, V), without padding
             k = min(top_k or VOCAB_SIZE, logits.size(1))
-            logits, ids = logits.float().topk(k)  # (B, k), the likeliest first
-            probs = F.softmax(logits / temperature, dim=-1)
-            before = probs.cumsum(-1) - probs  # probability of those that are likelier
-            probs = probs * (before < top_p)
-            drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1): which of the k
-            idx = torch.cat([idx, ids.gather(1, drawn)], dim=1)
+            logits, ids = logits.topk(k)  # (B, k), most likely first
+            probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
+            if top_p < 1:
+                probs = keep_top_p(probs, top_p)
+            choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1), index into the k
+            next_token = ids.gather(1, choice)  # (B, 1)
+            idx = torch.cat([idx, next_token], dim=1)
         return idx
 
 
-def print_samples(model, config, autocast, rows=4):
-    """Continuations of --prompt, each up to its <|endoftext|>."""
+def keep_top_p(probs, top_p):
+    """Set all but the most likely tokens to 0. probs: (B, k), largest first. A token stays if all
+    more likely ones together have less than top_p: of 0.6 0.3 0.1, top_p = 0.8 keeps the first two.
+    The result need not sum to 1; multinomial normalizes it."""
+    before = probs.cumsum(-1) - probs  # total probability of all more likely tokens
+    return probs.masked_fill(before >= top_p, 0.0)
+
+
+def transpose_conv1d(name, tensor):
+    """Hugging Face's Conv1D stores these matrices as OpenAI did, (in, out); nn.Linear as (out, in).
+    Used for loading and for saving."""
+    conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    return tensor.t().contiguous() if name.endswith(conv1d) else tensor
+
+
+def print_samples(model, args, autocast, n_samples=4, seed=42):
+    """Print continuations of --prompt, each up to its <|endoftext|>."""
+    if model.config.vocab_size < VOCAB_SIZE:
+        return  # the model was trained on another tokenizer's ids
     enc = tokenizer()
-    prompt = enc.encode_ordinary(config.prompt) or [enc.eot_token]
-    idx = torch.tensor([prompt] * rows, device=model.lm_head.weight.device)  # (rows, T)
+    prompt = enc.encode_ordinary(args.prompt) or [enc.eot_token]
+    idx = torch.tensor([prompt] * n_samples, device=model.lm_head.weight.device)  # (B, T)
+    options = args.sample_tokens, args.temperature, args.top_k, args.top_p, seed
     with autocast:
-        how = config.temperature, config.top_k, config.top_p
-        idx = model.generate(idx, config.sample_tokens, *how)
-    for new in idx[:, len(prompt) :].tolist():
-        end = new.index(enc.eot_token) if enc.eot_token in new else len(new)
-        print0(">", config.prompt + enc.decode(new[:end]))
+        idx = model.generate(idx, *options)
+    for tokens in idx[:, len(prompt) :].tolist():
+        end = tokens.index(enc.eot_token) if enc.eot_token in tokens else len(tokens)
+        # A character can take several tokens; "ignore" drops one that is only partly there.
+        print0(">", args.prompt + enc.decode(tokens[:end], errors="ignore"))
 
 
-# Schedules ------------------------------------------------------------------------------------
+# Settings -------------------------------------------------------------------------------------
+
+# GPT-2's 50257 tokens and 47 unused ids. GPU kernels cut matrices into tiles; 50304 is a multiple
+# of 128, so no tile is partly empty, which would need slower code. The unused ids are never
+# targets, so training makes them unlikely; generate() leaves them out.
+PADDED_VOCAB_SIZE = 50304
+
+SIZES = {  # GPT-2, table 2. Its parameter counts are wrong; really 124M, 355M, 774M and 1558M
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+    "gpt3-125M": dict(n_layer=12, n_head=12, n_embd=768),  # also sets seq_len to 2048
+}
 
 
-def get_lr(step, config):
-    """Learning rate of update `step`, counted from 0: linear warm-up, then a cosine that reaches
-    min_lr at max_steps (GPT-3 appendix B)."""
-    if step < config.warmup_steps:
-        return config.max_lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a training run. The defaults train GPT-2 (124M) on 10B tokens. Each field is
+    also a command-line option, such as --max_lr 3e-4. (--demo, --finetune and a larger --model come
+    with other defaults: PRESETS, below the double line.)"""
+
+    # input and output
+    data_dir: str = "edu_fineweb10B"  # shards of tokens, written by fineweb.py
+    out_dir: str = "log"  # log.txt and checkpoints
+    init_from: str = "scratch"  # random weights; or gpt2 ... gpt2-xl, or a directory
+    resume: bool = False  # continue from the newest checkpoint in out_dir, and with its settings
+    # network
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3-125M"] = "gpt2"
+    n_layer: int | None = None  # overrides --model
+    n_head: int | None = None  # overrides --model
+    n_embd: int | None = None  # overrides --model; must be a multiple of n_head
+    block_size: int | None = None  # longest context; None: 1024, or seq_len if that is longer
+    vocab_size: int = PADDED_VOCAB_SIZE
+    # batches
+    total_batch_size: int = 524288  # tokens per step: 2**19, about GPT-3's 0.5M (table 2.1)
+    batch_ramp_steps: int = 0  # during the first N steps: 1/8, then 1/4, then 1/2 of that; 0: off
+    micro_batch_size: int | Literal["auto"] = "auto"  # sequences per device per forward pass
+    seq_len: int = 1024  # tokens per sequence
+    shuffle: bool = True  # visit the sequences in a new random order in each epoch
+    seed: int = 1337  # for the initial weights and the shuffling
+    overfit_one_batch: bool = False  # train on one (small) batch: its loss must go towards 0
+    # optimizer: GPT-3, appendix B, except the length of the run
+    max_steps: int = 19073  # 10e9 tokens / 2**19
+    warmup_steps: int = 715  # 375M tokens / 2**19
+    max_lr: float = 6e-4  # GPT-3's for 124M (table 2.1); a larger --model sets GPT-3's lower rate
+    min_lr: float = 6e-5  # 10% of max_lr; set both
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # clip the global norm of the gradient to this; 0: no limit
+    # at step 0, every N steps, and after the last step; 0 turns it off
+    val_every: int = 250  # validation loss
+    hellaswag_every: int = 250  # HellaSwag accuracy
+    sample_every: int = 250  # samples
+    save_every: int = 5000  # checkpoints (none at step 0)
+    save_minutes: float = 30  # also this many minutes after the last checkpoint; 0 turns it off
+    val_tokens: int = 10485760  # how much of the validation split: 20 * 2**19 tokens
+    # sampling
+    prompt: str = "Hello, I'm a language model,"
+    sample_tokens: int = 32  # new tokens per sample
+    temperature: float = 1.0
+    top_k: int = 50  # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0  # of those, from the smallest set with this total probability
+    # machine
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of matrix products
+    compile: bool = torch.cuda.is_available()  # torch.compile; off for --device cpu and --demo
+
+
+def get_lr(step, args):
+    """Learning rate of a step, counted from 0: linear warm-up, then cosine decay (GPT-3, appendix
+    B). Warm-up: the running means of AdamW are unreliable at first, so the first steps are small.
+    Decay: large steps while the loss is far from its minimum, small ones to settle into it."""
+    if step < args.warmup_steps:
+        return args.max_lr * (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))  # from 1 to 0
-    return config.min_lr + cosine * (config.max_lr - config.min_lr)
+    return args.min_lr + cosine * (args.max_lr - args.min_lr)
 
 
-def get_batch_size(step, config):
-    """Tokens in update `step`: total_batch_size. With a ramp, the first third of batch_ramp_steps
-    has an eighth of it, the second a quarter, the last half. (GPT-3 appendix B grows it from 32k
-    tokens, in a straight line, over the first 4 to 12 billion tokens.)"""
-    if step >= config.batch_ramp_steps:
-        return config.total_batch_size
-    third = 3 * step // config.batch_ramp_steps  # 0, 1, 2
-    return config.total_batch_size // (8, 4, 2)[third]
+def get_batch_size(step, args):
+    """Tokens in a step. Early in training all examples give similar gradients, so a smaller and
+    cheaper batch suffices. GPT-3 grew its batch linearly from 32k tokens over the first 4-12
+    billion tokens, depending on the model (appendix B). batch_ramp_steps doubles it three times."""
+    if step >= args.batch_ramp_steps:
+        return args.total_batch_size
+    stage = 3 * step // args.batch_ramp_steps  # 0, 1, 2
+    return args.total_batch_size // (8, 4, 2)[stage]
 
 
-def tokens_before(step, config):
-    """Tokens of all updates before `step`: those in the ramp, and those of full size."""
-    ramp = sum(get_batch_size(s, config) for s in range(min(step, config.batch_ramp_steps)))
-    return ramp + max(0, step - config.batch_ramp_steps) * config.total_batch_size
+def tokens_before(step, args):
+    """Tokens in all steps before this one."""
+    ramp = sum(get_batch_size(s, args) for s in range(min(step, args.batch_ramp_steps)))
+    return ramp + max(0, step - args.batch_ramp_steps) * args.total_batch_size
 
 
 # Data -----------------------------------------------------------------------------------------
-# A batch is a function of (seed, step). So there is no position to save, and one process and eight
-# see the same batches.
 
 
 class DataLoaderLite:
-    """The shards of one split as one stream of tokens, cut into windows of T + 1 that overlap by
-    one: the last target of a window is the first input of the next."""
+    """The batches of one split. Its shards form one long array of tokens, which is cut into
+    sequences of T + 1 tokens that overlap by one: the last target of a sequence is the first input
+    of the next.
 
-    def __init__(self, config, split, B, rank=0, world_size=1, device="cpu", n_ids=VOCAB_SIZE):
-        self.config, self.B, self.T = config, B, config.seq_len  # B windows in a micro-batch
-        self.n_ids = n_ids  # read() refuses token ids >= n_ids
-        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.shards = fineweb.open_shards(config.data_dir, split)  # [(n,) uint16], memory maps
-        sizes = [len(shard) for shard in self.shards]
-        self.starts = [0, *np.cumsum(sizes[:-1]).tolist()]  # where in the stream each one begins
-        self.n_tokens = sum(sizes)
-        self.n_windows = count_windows(config, split, self.n_tokens)
-        self.epoch = None  # the one whose permutation self.windows holds
+    For given settings, the batch of a step depends only on the seed and the step. So a checkpoint
+    needs no position in the data, and 1 GPU and 8 GPUs train on the same batches: 8 GPUs split each
+    of them."""
 
-    def read_step(self, step):
-        """This process's micro-batches of update `step`, a list of (B, T + 1): order() lists the
-        update's windows, share() takes this process's, read() fetches their tokens. Their number,
-        get_batch_size(step) / (B T world_size), is the lecture's grad_accum_steps; check() has made
-        sure that it is whole."""
-        return [self.read(windows) for windows in self.share(self.order(step))]
+    def __init__(self, args, split, B, rank=0, world_size=1, device="cpu"):
+        self.args, self.B, self.T = args, B, args.seq_len
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.tokens = fineweb.open_tokens(args.data_dir, split)  # memory-mapped, uint16
+        self.n_sequences = (len(self.tokens) - 1) // self.T
+        self.epoch = self.permutation = None  # of the current epoch
 
-    def order(self, step):
-        """The windows of update `step`, a list of int. Write down a permutation of all windows for
-        each epoch, one after another: each update takes the next ones. With 5 and 3 per update:
-            epoch 0: 4 0 2 1 3   epoch 1: 2 0 1 4 3
-            update 0: 4 0 2   update 1: 1 3 2   update 2: 0 1 4"""
-        first = tokens_before(step, self.config) // self.T
-        end = tokens_before(step + 1, self.config) // self.T
-        windows = []
-        for position in range(first, end):
-            epoch, i = divmod(position, self.n_windows)  # a batch may reach into the next epoch
-            windows.append(self.permutation(epoch)[i] if self.config.shuffle else i)
-        return windows
+    def micro_batches(self, step):
+        """This process's part of the batch of a step: a list of (inputs, targets)."""
+        start = tokens_before(step, self.args) // self.T  # sequences used before this step
+        end = tokens_before(step + 1, self.args) // self.T
+        indices = [self.shuffled_index(n) for n in range(start, end)]
+        return [self.load(part) for part in self.split_by_rank(indices)]
 
-    def permutation(self, epoch):
-        """An order of all windows, kept for the whole epoch. RandomState, because NumPy promises
-        that its numbers never change; it takes two seeds as a list."""
+    def shuffled_index(self, n):
+        """Index of the n-th sequence to train on. Each epoch visits all of them in a new order."""
+        epoch, i = divmod(n, self.n_sequences)
+        if not self.args.shuffle:
+            return i
         if epoch != self.epoch:
-            random = np.random.RandomState([self.config.seed, epoch])
-            self.epoch, self.windows = epoch, random.permutation(self.n_windows)
-        return self.windows
+            rng = np.random.RandomState([self.args.seed, epoch])  # same in all versions of NumPy
+            self.epoch, self.permutation = epoch, rng.permutation(self.n_sequences)
+        return self.permutation[i]
 
-    def share(self, windows):
-        """This process's part, B windows at a time: the processes take turns. With B = 2 and two
-        processes, windows 0 1 go to rank 0, 2 3 to rank 1, 4 5 to rank 0, ..."""
-        starts = range(self.rank * self.B, len(windows), self.world_size * self.B)
-        return [windows[i : i + self.B] for i in starts]
+    def split_by_rank(self, indices):
+        """This process's share of a list, in parts of B. With B = 2 and two processes, rank 0 gets
+        the parts [0, 1], [4, 5], ... and rank 1 gets [2, 3], [6, 7], ... of 0, 1, 2, 3, ..."""
+        starts = range(self.rank * self.B, len(indices), self.world_size * self.B)
+        return [indices[i : i + self.B] for i in starts]
 
-    def read(self, windows):
-        """The tokens of some windows, (len(windows), T + 1) int64, in the CPU's memory."""
-        rows = np.empty((len(windows), self.T + 1), dtype=np.uint16)
-        for row, window in zip(rows, windows):
-            n = bisect_right(self.starts, window * self.T) - 1  # the shard in which it begins
-            offset = window * self.T - self.starts[n]
-            part = self.shards[n][offset : offset + len(row)]
-            while len(part) < len(row):  # it runs over the end of that shard
-                n += 1
-                part = np.concatenate([part, self.shards[n][: len(row) - len(part)]])
-            row[:] = part
-        refuse_unknown_ids(rows, self.n_ids, self.config)
-        return torch.from_numpy(rows.astype(np.int64))
-
-    def inputs_and_targets(self, tokens):
-        """(B, T) and (B, T) on the device: each token's target is the one after it."""
-        tokens = tokens.to(self.device, non_blocking=True)  # (B, T + 1)
-        return tokens[:, :-1], tokens[:, 1:]
+    def load(self, indices):
+        """(inputs, targets) of some sequences, each (B, T) int64: a target is the next token."""
+        T = self.T
+        rows = np.stack([self.tokens[i * T : i * T + T + 1] for i in indices])  # (B, T + 1)
+        rows = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        return rows[:, :-1], rows[:, 1:]
 
 
-# Validation -----------------------------------------------------------------------------------
-
-
-def mean_over_processes(first, *others):
-    """Each argument averaged over the processes, by one all_reduce for all. The first is a tensor
-    on the device, the others are numbers or tensors; returns them as one tensor (n,)."""
-    values = torch.stack([first, *(torch.full_like(first, float(other)) for other in others)])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
+def due(every, step, args):
+    """Whether something that happens every N steps, and after the last step, happens now."""
+    return every > 0 and (step % every == 0 or step == args.max_steps)
 
 
 @torch.no_grad()
-def evaluate(model, loader, val_tokens, autocast):
-    """Mean loss in nats per token over the first val_tokens tokens of the loader's split, or all
-    that there are. Any number of processes covers the same tokens and gets the same result. (No
-    model.eval(): there is no dropout to switch off.)"""
-    n_windows = min(val_tokens // loader.T, loader.n_windows)
-    loss_sum = torch.zeros((), device=loader.device)
-    n = 0  # windows so far
-    for windows in loader.share(range(n_windows)):
-        x, y = loader.inputs_and_targets(loader.read(windows))
+def evaluate(model, raw_model, loader, val_tokens, autocast):
+    """Mean loss on text that training never sees: the first val_tokens tokens of the loader's split
+    (all, if it is shorter). All processes must call this: it sums over them, so the result does not
+    depend on how many there are. (If you add dropout, add model.eval() and model.train().)"""
+    n_sequences = min(val_tokens // loader.T, loader.n_sequences)
+    totals = torch.zeros(2, device=loader.device)  # sum of losses, number of sequences
+    for indices in loader.split_by_rank(range(n_sequences)):
+        x, y = loader.load(indices)
+        # A compiled model would be compiled again for a last batch of fewer sequences.
+        network = model if len(x) == loader.B else raw_model
         with autocast:
-            loss_sum += model(x, y) * len(x)
-        n += len(x)
-    # Means will do for sums: both are divided by world_size, which changes no quotient
-    loss_sum, n = mean_over_processes(loss_sum, n)
-    return (loss_sum / n).item()
+            loss = network(x, y)
+        totals[0] += loss * len(x)
+        totals[1] += len(x)
+    if dist.is_initialized():
+        dist.all_reduce(totals)  # afterwards every process has the sum over all processes
+    return (totals[0] / totals[1]).item()
 
 
-# Processes, devices, precisions ---------------------------------------------------------------
+# Processes, devices, precision ----------------------------------------------------------------
 
 
-@fineweb.as_user_error("the processes cannot find each other", "start them with torchrun")
-def init_processes(device_name="auto"):
-    """(rank, world_size, device). torchrun starts one process per GPU and tells each its rank; what
-    follows is the same without it, with rank 0 of 1."""
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+def init_distributed(device_name):
+    """(rank, world_size, device). torchrun starts one process per GPU and sets environment
+    variables that tell each process its number. Without torchrun there is one process, rank 0."""
+    rank = int(os.environ.get("RANK", 0))  # number of this process, 0 to world_size - 1
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
+    world_size = int(os.environ.get("WORLD_SIZE", 1))  # number of processes on all machines
     device = pick_device(device_name, local_rank)
-    use_well(device)  # its memory, and the processor's cores
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    elif "RANK" in os.environ:
-        dist.init_process_group("gloo")
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=device)  # connects NVIDIA GPUs
+        else:
+            dist.init_process_group("gloo")  # connects CPUs
     return rank, world_size, device
 
 
-def pick_device(name="auto", local_rank=0):
-    """A torch.device by name; auto: cuda, else mps, else cpu. UserError if it is not there."""
-    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name == "auto":
-        name = next(device for device in have if have[device])
-    if not have[name]:
-        raise UserError(f"--device {name}: there is none here; --device auto takes what there is")
-    if torch.cuda.device_count() == 1 and not dist.is_torchelastic_launched():
-        local_rank = 0  # Slurm may show each process only the GPU that is its own
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+def pick_device(name, local_rank=0):
+    """A torch.device. auto: an NVIDIA GPU (cuda), else an Apple GPU (mps), else the CPU."""
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
+    if name == "mps" or (name == "auto" and torch.backends.mps.is_available()):
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def pick_dtype(name, device):
-    """The precision of matrix products, by name. auto: bfloat16 where the hardware multiplies it
-    well, else float16 on CUDA, else float32."""
+    """The dtype of matrix products, as a string. auto: bfloat16 where the hardware is fast at it
+    (NVIDIA A100, RTX 30 and newer), else float16 on CUDA, else float32.
+
+    Bits for      exponent (range)  mantissa (precision)
+        float32          8                 23
+        TF32             8                 10    float32 on GPUs: inputs rounded, sums in float32
+        bfloat16         8                  7    half the bytes, twice the peak speed of TF32
+        float16          5                 10    as fast as bfloat16; its small range needs a scaler
+    """
     if name != "auto":
         return name
     if device.type == "cuda":
-        can = torch.cuda.is_bf16_supported(including_emulation=False)  # from the A100 on
-        return "bfloat16" if can else "float16"
-    return "bfloat16" if device.type == "cpu" and bfloat16_pays() else "float32"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if fast else "float16"
+    return "bfloat16" if device.type == "cpu" and bfloat16_is_faster() else "float32"
 
 
-# One update, and the run ----------------------------------------------------------------------
+# Training -------------------------------------------------------------------------------------
 
 
-def training_step(model, batches, optimizer, scaler, autocast, grad_clip):
-    """One update from micro-batches of one size, a list of (inputs, targets). Returns the mean loss
-    of this process's micro-batches and the norm that the gradient, averaged over all processes, had
-    before it was clipped; both as tensors, as nothing in here waits for the device."""
-    optimizer.zero_grad(set_to_none=True)
-    loss_sum = 0.0
-    # len(batches) is grad_accum_steps; all have B rows, so the mean of their means is the mean
-    for micro_step, (x, y) in enumerate(batches):
-        if isinstance(model, DDP):  # average the gradients over processes once, at the end
-            model.require_backward_grad_sync = micro_step == len(batches) - 1
-        with autocast:  # matrix products in bfloat16; weights, LayerNorm, softmax, loss in float32
+def training_step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
+    """One optimizer step. micro_batches: a list of (inputs, targets) of equal size. Returns this
+    process's mean loss, and the norm, before clipping, of the gradient (with DDP, of the average
+    over all processes); both as tensors."""
+    grad_accum_steps = len(micro_batches)
+    mean_loss = 0.0
+    optimizer.zero_grad()
+    for micro_step, (x, y) in enumerate(micro_batches):
+        if isinstance(model, DDP):
+            # DDP averages the gradients of all processes during backward(). That is needed only in
+            # the last micro-step; until then every process accumulates its own.
+            model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+        # Weights, gradients and AdamW's means stay in float32. Under autocast, matrix products and
+        # attention use bfloat16 (or float16) copies; LayerNorm and the loss use float32.
+        with autocast:
             loss = model(x, y)
-        loss = loss / len(batches)  # backward() adds gradients up; the batch's loss is a mean
-        scaler.scale(loss).backward()  # float16: times a large number, so that none rounds to 0
-        loss_sum += loss.detach()
-    scaler.unscale_(optimizer)  # the true gradients again, before they are measured
-    # A rare bad batch must not throw the weights far: scale its gradient down to this norm.
-    limit = grad_clip or torch.finfo(torch.float32).max  # 0: no limit, only measured
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    # AdamW, unless a gradient is inf or NaN: then the update is left out. Fused AdamW makes that
-    # test on the device, so Python does not wait for the answer.
-    scaler.step(optimizer)
+        # backward() adds to .grad, and a sum of gradients is the gradient of a sum of losses. But
+        # the loss of the whole batch is the mean over its micro-batches, hence the division.
+        loss = loss / grad_accum_steps
+        scaler.scale(loss).backward()
+        mean_loss += loss.detach()
+    scaler.unscale_(optimizer)  # undo the scaling of the loss, before clipping
+    # If the norm of the whole gradient exceeds grad_clip, scale it down to that norm. Otherwise one
+    # unusual batch would dominate AdamW's running means for many steps.
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if norm.isfinite():  # else skip the step: all processes have the same norm, so all skip it
+        scaler.step(optimizer)  # AdamW
     scaler.update()
-    return loss_sum, norm
+    return mean_loss, norm
 
 
-def train(config, checkpoint=None):
-    """A whole run, or the rest of one, from a checkpoint that newest_checkpoint returned."""
-    rank, world_size, device = init_processes(config.device)
-    check(config, world_size)  # refuses what cannot work
-    master = rank == 0  # the process that speaks and writes
+def all_reduce_mean(x):
+    """The tensor x averaged over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)  # x is now the sum over all processes
+        x = x / dist.get_world_size()
+    return x
 
-    # The lecture's ladder, in ms per step of B=16, T=1024 on its A100: 1000 in float32, 333 with
-    # TF32, 300 bfloat16, 130 compiled, 96 flash attention, 93 vocabulary 50304, 90 fused AdamW.
-    torch.set_float32_matmul_precision("high")  # TF32: keeps 10 of 23 mantissa bits
-    config = replace(config, dtype=pick_dtype(config.dtype, device))
-    mixed = config.dtype != "float32"
-    autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=mixed)
-    raw_model = build_model(config, checkpoint).to(device)  # new (by --seed), loaded or resumed
-    # torch.compile joins what is between matrix products: fewer trips to memory. It compiles anew
-    # for each shape, so samples and HellaSwag take raw_model. DDP averages gradients, in place.
-    model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
-    ddp_model = DDP(model, gradient_as_bucket_view=True) if world_size > 1 else model
-    optimizer = raw_model.configure_optimizers(config.weight_decay, config.max_lr)
-    # float16 rounds small gradients to 0, so a scaler multiplies the loss by a large number, and
-    # adapts it. For bfloat16 and float32 that number stays 1: all that the scaler still does is
-    # leave out updates whose gradient has a NaN or an infinity.
-    scaler = make_scaler(config.dtype, device)
-    first_step = load_training_state(checkpoint, optimizer, scaler)  # 0 in a new run
 
-    B = pick_micro_batch_size(config, raw_model, world_size, autocast)  # changes only the speed
-    where = dict(rank=rank, world_size=world_size, device=device, n_ids=raw_model.n_ids())
-    loader = DataLoaderLite(config, "train", B, **where)
-    val_loader = DataLoaderLite(config, "val", B, **where) if config.val_every else None
-    # get_batches(step): loader.read_step(step) as (inputs, targets); a thread reads the next ones.
-    get_batches = read_ahead(loader)
-    speaks_gpt2 = raw_model.config.vocab_size >= VOCAB_SIZE  # else no samples, no HellaSwag
-    items = hellaswag_items(config, raw_model.config) if speaks_gpt2 else None
+def build_model(args, checkpoint=None):
+    """The model to train: from the checkpoint, else from --init_from, else newly initialized."""
+    if checkpoint:
+        model = GPT(GPTConfig(**checkpoint["gpt_config"]))
+        model.load_state_dict(checkpoint["model"])
+    elif args.init_from != "scratch":
+        model = GPT.from_pretrained(args.init_from)
+    else:
+        shape = dict(SIZES[args.model])
+        for name in shape:  # --n_layer, --n_head and --n_embd override the size
+            shape[name] = getattr(args, name) or shape[name]
+        block_size = args.block_size or max(1024, args.seq_len)
+        torch.manual_seed(args.seed)  # drawn on the CPU, so every device gets identical weights
+        model = GPT(GPTConfig(block_size=block_size, vocab_size=args.vocab_size, **shape))
+    return model
 
-    # What watches the run, all below the rule: the log, checkpoints, speed and time left, Ctrl-C
-    log = Log(config, first_step, write=master)
-    save = Saver(config, raw_model, optimizer, scaler, autocast, loader, log)
-    progress = Progress(config, raw_model, device, world_size)
-    announce(config, raw_model, loader, val_loader, checkpoint)
-    catch_signals()  # from now on Ctrl-C, SIGTERM, ... only append to the list received
-    stop = False  # set after a step if any process received one: the next round saves and leaves
 
-    def due(every):
-        return every > 0 and (step % every == 0 or last)
+def train(args, checkpoint=None):
+    """Train from the start, or continue from a checkpoint (a dict, see run.save below).
 
-    for step in range(first_step, config.max_steps + 1):  # step = updates made so far
-        last = step == config.max_steps  # one round more than updates: it only saves and evaluates
-        # Once in a while; none of it changes what is learned
-        if master and save.wanted(step, stop):  # --save_every, --save_minutes, before a stop
-            save(step)  # first, so that no evaluation can lose it: all that --resume needs
-        if stop:
-            break
-        if due(config.val_every):
-            val_loss = evaluate(model, val_loader, config.val_tokens, autocast)
+    Milliseconds in the lecture for one forward, backward and update on 16,384 tokens (one A100; a
+    step here has 32 times as many tokens). Each change is added to those before it:
+        float32     1000        torch.compile     130        vocabulary of 50304   93
+        TF32         333        flash attention    96        fused AdamW           90
+        bfloat16     300
+    """
+    rank, world_size, device = init_distributed(args.device)
+    check_args(args, world_size, checkpoint)
+    master_process = rank == 0  # prints, logs and saves
+
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    args = replace(args, dtype=pick_dtype(args.dtype, device))
+    use_amp = args.dtype != "float32"
+    autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=use_amp)
+    # In float16, gradients below about 3e-8 become 0. So the scaler multiplies the loss, and with
+    # it all gradients, by a large factor, lowers it when a gradient overflows, and raises it again.
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+
+    raw_model = build_model(args, checkpoint).to(device)
+    optimizer = raw_model.configure_optimizers(args.weight_decay, args.max_lr)
+    first_step = 0
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # it may have changed
+        if scaler.is_enabled() and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+        first_step = checkpoint["step"]
+    if device.type == "cpu":
+        use_cpu_kernels(raw_model, args)
+    # The micro-batch size B changes speed and memory, but not the result (up to rounding).
+    B = pick_micro_batch_size(args, raw_model, world_size, autocast, checkpoint)
+
+    model = raw_model
+    if args.compile:
+        # Fuses the operations between matrix products (LayerNorm, GELU, additions) into few
+        # kernels, so that intermediate results need not travel to the GPU's memory and back.
+        # It compiles again for each new shape, so samples and HellaSwag, whose lengths vary, use
+        # raw_model.
+        model = torch.compile(raw_model, dynamic=False)
+    ddp_model = model
+    if dist.is_initialized():
+        # Broadcasts rank 0's weights, and averages the gradients of all processes in each step, so
+        # that all take the same steps and their weights stay equal.
+        ddp_model = DDP(model)
+
+    train_loader = DataLoaderLite(args, "train", B, rank, world_size, device)
+    val_loader = None
+    if args.val_every:
+        val_loader = DataLoaderLite(args, "val", B, rank, world_size, device)
+    get_micro_batches = prefetch(train_loader)  # a function of the step
+    examples = load_hellaswag(args, raw_model)
+    run = Run(args, raw_model, train_loader, val_loader, autocast, checkpoint)
+
+    def state(step):
+        """Everything that continuing needs. Learning rate, batch size and data follow from step."""
+        return {
+            "step": step,
+            "args": asdict(args),
+            "gpt_config": asdict(raw_model.config),
+            "model": raw_model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
+
+    # step: the number of steps done so far. At max_steps only save and evaluate once more.
+    for step in range(first_step, args.max_steps + 1):
+        # The following happens only now and then, and does not affect training. The checkpoint
+        # comes first, so that a failure in an evaluation loses nothing.
+        if master_process and (due(args.save_every, step, args) or run.save_minutes_passed(step)):
+            run.save(state(step))
+        if due(args.val_every, step, args) and not run.stop_requested():
+            val_loss = evaluate(model, raw_model, val_loader, args.val_tokens, autocast)
             print0(f"step {step}: validation loss {val_loss:.4f}")
-            log.write(step, val=val_loss)
-        if items and due(config.hellaswag_every):
-            with autocast:  # how often the right one of four endings has the least mean loss
-                score = hellaswag.evaluate(raw_model, items, device, rank, world_size)
-            print0(f"step {step}: HellaSwag acc_norm {score.acc_norm:.4f} of {score.n} items")
-            log.write(step, hella=score.acc_norm)
-        if master and speaks_gpt2 and due(config.sample_every):
-            print_samples(raw_model, config, autocast)
-        if last:
+            run.log(step, val=val_loss)
+        if examples and due(args.hellaswag_every, step, args) and not run.stop_requested():
+            # Common sense: 10,042 contexts with four endings each, one of them right. The model's
+            # answer is the ending with the lowest mean loss per token (acc_norm: the mean, so that
+            # long endings are not at a disadvantage). Guessing scores 0.25, OpenAI's 124M 0.2955.
+            with autocast:
+                score = hellaswag.evaluate(raw_model, examples, device, rank, world_size)
+            print0(f"step {step}: HellaSwag accuracy {score.acc_norm:.4f} on {score.n} examples")
+            run.log(step, hella=score.acc_norm)
+        if due(args.sample_every, step, args) and not run.stop_requested() and master_process:
+            print_samples(raw_model, args, autocast)
+        if run.stop_requested():  # by Ctrl-C or SIGTERM, in any process
+            if master_process:
+                run.save(state(step))
+            break
+        if step == args.max_steps:
             break
 
         # -------------------------------- one training step --------------------------------
         t0 = time.perf_counter()
-        lr = get_lr(step, config)
+        lr = get_lr(step, args)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)  # a group may have its own share
-        # Overfitting one batch, the first, over and over: a sound model takes the loss to nearly 0.
-        batches = get_batches(0 if config.overfit_one_batch else step)
+            group["lr"] = lr
+        micro_batches = get_micro_batches(0 if args.overfit_one_batch else step)
         loss, norm = training_step(
-            ddp_model, batches, optimizer, scaler, autocast, config.grad_clip
+            ddp_model, micro_batches, optimizer, scaler, autocast, args.grad_clip
         )
-        # The mean loss and, beside it, whether any process was told to stop: all have to leave in
-        # the same step, or the others would wait for it. (.tolist() waits for the device.)
-        loss, signals = mean_over_processes(loss, len(received)).tolist()
-        stop, norm = signals > 0, norm.item()
-        seconds = time.perf_counter() - t0
+        loss = all_reduce_mean(loss).item()  # .item() waits for the GPU, so dt is the true time
+        dt = time.perf_counter() - t0
         # -----------------------------------------------------------------------------------
 
-        log.write(step, train=loss, lr=lr, norm=norm, seconds=seconds)
-        speed = progress(step, norm, seconds)  # a text: tokens per second, MFU, time left
-        print0(
-            f"step {step:5d}/{config.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} "
-            f"| {seconds * 1e3:.1f} ms | {speed}"
-        )
+        run.log_step(step, loss, lr, norm.item(), dt)
 
-    farewell(config, raw_model, log, stop)
+    run.finish()
 
 
 # ==============================================================================================
-# From here on nothing is needed to understand GPT-2's training: processes, files, the screen, what
-# makes a CPU and sampling faster, the command line.
+# You do not need anything below this line to understand how GPT-2 is trained: faster code for CPUs
+# and for samples, Hugging Face's files, checkpoints and the log, the command line.
 # ==============================================================================================
 
+import argparse
 import ctypes
+import errno
+import functools
 import json
 import platform
 import shlex
@@ -669,579 +700,85 @@ import subprocess
 import sys
 import timeit
 import zipfile
+from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import tyro
 from filelock import FileLock, Timeout
 
-# Processes ------------------------------------------------------------------------------------
-
-
-def make_scaler(dtype, device):
-    """For float16 a scale that adapts; otherwise one that stays 1. In every precision it leaves
-    an update out whose gradient has a NaN or an infinity, without waiting for the device."""
-    stays = dict(init_scale=1.0, growth_factor=1 + 1e-12, backoff_factor=1 - 1e-12)  # 1 in float32
-    return torch.amp.GradScaler(device.type, **{} if dtype == "float16" else stays)
-
-
-def pick_micro_batch_size(config, model, world_size, autocast):
-    """Sequences on one device at a time. auto: 4,096 tokens; on CUDA the largest power of two, up
-    to 65,536 tokens, that divides the batch and fits, as two small passes without torch.compile
-    tell."""
-    if config.micro_batch_size != "auto":
-        return config.micro_batch_size
-    most = get_batch_size(0, config) // (config.seq_len * world_size)
-    most, device = most & -most, model.lm_head.weight.device  # its largest power of two
-    if device.type != "cuda":
-        return min(most, 1 << (max(1, 4096 // config.seq_len).bit_length() - 1))
-
-    def peak(B):  # bytes that a forward and backward pass takes for a while
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        idx = torch.zeros(B, config.seq_len, dtype=torch.int64, device=device)
-        with autocast:
-            loss = model(idx, idx)
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        return torch.cuda.max_memory_allocated(device) - before
-
-    each = max(1, peak(2) - peak(1))  # bytes per sequence; compiled, it will take less
-    torch.cuda.empty_cache()
-    later = 4 * 4 * model.num_params()  # bytes: gradients, DDP's copy of them, AdamW's moments
-    fit = int(0.85 * (torch.cuda.mem_get_info(device)[0] - later) / each)
-    B = 1 << (max(1, min(most, fit, 65536 // config.seq_len)).bit_length() - 1)
-    B = torch.tensor(B, device=device)
-    if dist.is_initialized():  # what fits all of them
-        dist.all_reduce(B, dist.ReduceOp.MIN)
-    return int(B)
-
-
-received = []  # the signals that ask this process to stop, as they come
-
-
-def catch_signals():
-    """From now on a signal only notes itself in `received`, where the loop looks after each step.
-    A second Ctrl-C ends at once."""
-
-    def note(number, frame):
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # Windows lacks the last two
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, note)
-
-
-# Data -----------------------------------------------------------------------------------------
-
-
-def read_ahead(loader):
-    """A function of the step that gives its (inputs, targets), a list; meanwhile a thread reads
-    those of the next one."""
-    thread, reading = ThreadPoolExecutor(1), {}
-
-    def read(step):
-        tokens = loader.read_step(step)  # pinned, they travel while the device computes
-        return [t.pin_memory() for t in tokens] if loader.device.type == "cuda" else tokens
-
-    def get_batches(step):
-        now = reading.pop(step, None) or thread.submit(read, step)
-        reading.clear()
-        reading[step + 1] = thread.submit(read, step + 1)
-        return [loader.inputs_and_targets(tokens) for tokens in now.result()]
-
-    return get_batches
-
-
-def count_windows(config, split, n_tokens):
-    """How many windows of seq_len + 1 tokens there are. UserError if there is none."""
-    if n_tokens <= config.seq_len:
-        what = f"{config.data_dir}: its {split} shards hold {n_tokens} tokens, too few for"
-        raise UserError(f"{what} --seq_len {config.seq_len}; give a smaller one, or more text")
-    return (n_tokens - 1) // config.seq_len
-
-
-def refuse_unknown_ids(rows, n_ids, config):
-    if rows.max() >= n_ids:
-        what = f"its shards hold token id {rows.max()}, but the model knows {n_ids} ids"
-        raise UserError(f"{config.data_dir}: {what}; give another --data_dir or --vocab_size")
-
-
-def hellaswag_items(config, gpt_config):
-    """What to score while training; None if that is off, or, said aloud, if it cannot be."""
-    if config.hellaswag_every:
-        return hellaswag.items_or_none(config.hellaswag_data, gpt_config.block_size)
-
-
-# Where a network comes from, and where it goes ------------------------------------------------
-
-
-def build_model(config, checkpoint=None):
-    """The GPT to begin with: a checkpoint's, that of --init_from, or a new one."""
-    if checkpoint:
-        model = GPT(GPTConfig(**checkpoint["gpt_config"]))
-        model.load_state_dict(checkpoint["model"])
-    elif config.init_from != "scratch":
-        model = GPT.from_pretrained(config.init_from)
-    elif config.sample_only:
-        raise UserError(
-            "--sample_only needs weights; add --init_from gpt2, or a checkpoint's folder"
-        )
-    else:
-        given = {name: getattr(config, name) for name in SIZES["gpt2"] if getattr(config, name)}
-        shape = SIZES[config.model] | given
-        if shape["n_embd"] % shape["n_head"]:
-            text = "--n_embd {n_embd} is not a multiple of --n_head {n_head}; change one of them"
-            raise UserError(text.format(**shape))
-        context = config.block_size or max(1024, config.seq_len)
-        c = GPTConfig(context, config.vocab_size, **shape)
-        size = 4 * c.n_embd * (12 * c.n_embd * c.n_layer + c.vocab_size)
-        fineweb.check_memory(size + 20_000 * c.n_layer, "--n_layer, --n_embd")  # and Python's part
-        torch.manual_seed(config.seed)  # drawn on the CPU: the same weights on every device
-        model = GPT(c)
-    context = model.config.block_size
-    if config.seq_len > context and not config.sample_only:
-        what = f"--seq_len {config.seq_len}: the model's context has {context} tokens"
-        raise UserError(f"{what}; give a smaller one")
-    return model
-
-
-def load_hugging_face(name_or_dir):
-    """transformers' GPT2LMHeadModel in float32. UserError if it is no GPT-2 as GPT computes it."""
-    hf = hellaswag.load_gpt2(name_or_dir)
-    c = hf.config
-    plain = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True)
-    plain |= dict(scale_attn_by_inverse_layer_idx=False, n_inner=c.n_inner and 4 * c.n_embd)
-    odd = {name: getattr(c, name) for name in plain if getattr(c, name) != plain[name]}
-    if not torch.equal(hf.lm_head.weight, hf.transformer.wte.weight):
-        odd["tie_word_embeddings"] = False
-    if odd:
-        raise UserError(f"{name_or_dir}: not a plain GPT-2, it has {odd}; give another directory")
-    return hf
-
-
-def save_hugging_face(model, directory):
-    """config.json, model.safetensors without the vocabulary's padding, the tokenizer's files."""
-    from safetensors.torch import save_file
-    from transformers import GPT2Config  # half a second, so only where it is needed
-
-    c, n_ids, directory = model.config, model.n_ids(), Path(directory)
-    end = VOCAB_SIZE - 1 if n_ids >= VOCAB_SIZE else None  # <|endoftext|>
-    config = GPT2Config(
-        **dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=n_ids),
-        **dict(n_positions=c.block_size, n_ctx=c.block_size),  # n_ctx is for llama.cpp
-        **dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-        **dict(bos_token_id=end, eos_token_id=end, pad_token_id=end),
-        **dict(architectures=["GPT2LMHeadModel"], dtype="float32"),
-    )
-    state = {name: transpose_conv1d(name, t.cpu()) for name, t in model.state_dict().items()}
-    del state["lm_head.weight"]  # tied
-    state["transformer.wte.weight"] = model.transformer.wte.weight[:n_ids]
-    directory.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(directory)
-    save_file(state, directory / "model.safetensors", {"format": "pt"})  # readable to us alone
-    shutil.copymode(directory / "config.json", directory / "model.safetensors")
-    if n_ids == VOCAB_SIZE:
-        fineweb.save_tokenizer(directory, c.block_size)
-
-
-# Checkpoints and the log ----------------------------------------------------------------------
-
-
-def find_checkpoints(out_dir):
-    """[(step, path)] of a run's checkpoints, oldest first."""
-    found = [(p.name.removeprefix("step_"), p) for p in Path(out_dir).glob("step_*")]
-    return sorted((int(step), p) for step, p in found if step.isdecimal())
-
-
-class Saver:
-    """Writes checkpoints, whole or not at all, of weights that are known to be good. No random
-    state is in them: training draws none, the data order is a function of (seed, step)."""
-
-    def __init__(self, config, model, optimizer, scaler, autocast, loader, log):
-        self.config, self.model, self.optimizer, self.scaler = config, model, optimizer, scaler
-        self.autocast, self.loader, self.log = autocast, loader, log
-        self.step, self.time = log.first_step, time.monotonic()  # of the last checkpoint
-
-    def wanted(self, step, stop):
-        """Before a stop, every --save_every steps and --save_minutes, and after the last update;
-        but not while updates are left out. By this process's clock: only it saves."""
-        every, minutes = self.config.save_every, self.config.save_minutes
-        last = step == self.config.max_steps
-        now = every and (step % every == 0 or last)
-        now = now or 0 < 60 * minutes < time.monotonic() - self.time
-        return step > self.step and (stop or now and (last or not self.log.left_out))
-
-    def __call__(self, step):
-        """Write step_NNNNN, the state after `step` updates. The oldest others go first, so that
-        there is room."""
-        self.try_weights(step)
-        out_dir, keep = Path(self.config.out_dir), self.config.keep_checkpoints
-        final, temporary = out_dir / f"step_{step:05d}", out_dir / f"tmp_step_{step:05d}"
-        others = [path for _, path in find_checkpoints(out_dir) if path != final]
-        for path in others[:-keep] if keep else []:
-            try:
-                shutil.rmtree(path)
-            except OSError as error:
-                print0(f"warning: {path} cannot be removed: {error.strerror}")
-        state = dict(
-            **dict(step=step, config=asdict(self.config)),
-            **dict(gpt_config=asdict(self.model.config), model=self.model.state_dict()),
-            **dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict()),
-            **dict(shards=fineweb.describe_shards(self.config.data_dir), versions=versions()),
-            world_size=self.loader.world_size,
-        )
-        remedy = "make room and go on with --resume; older checkpoints are whole"
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            with fineweb.as_user_error(f"{final} cannot be written", remedy):
-                self.model.save_pretrained(temporary)
-                torch.save(state, temporary / "training_state.pt")
-                for path in temporary.iterdir():  # on the disk before the name says so
-                    with open(path, "rb+") as file:
-                        os.fsync(file.fileno())
-                shutil.rmtree(final, ignore_errors=True)
-                temporary.rename(final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.step, self.time = step, time.monotonic()
-        print0(f"step {step}: saved {final}")
-
-    @torch.no_grad()
-    def try_weights(self, step):
-        x, y = self.loader.inputs_and_targets(self.loader.read([0]))
-        with self.autocast:
-            loss = self.model(x, y).item()
-        if not math.isfinite(loss):
-            give_up(self.config, f"the loss after {step} updates is {loss}")
-
-
-def give_up(config, why):
-    saved = find_checkpoints(config.out_dir)
-    where = f"--resume goes on from {saved[-1][1]}" if saved else "nothing was saved before that"
-    raise UserError(f"{why}; lower --max_lr or look at the data: {where}")
-
-
-def newest_checkpoint(out_dir):
-    """What Saver wrote last into training_state.pt, a dict, or None if there is no checkpoint. A
-    damaged one is named and the one before it taken; UserError if none is whole."""
-    found = find_checkpoints(out_dir)
-    for step, path in reversed(found):
-        try:
-            with fineweb.as_user_error(f"{path} is damaged", "the one before it is taken"):
-                with zipfile.ZipFile(path / "training_state.pt") as archive:
-                    if member := archive.testzip():
-                        raise ValueError(f"wrong checksum of {member}")
-                    checksums = [member.CRC for member in archive.infolist()]
-                state = torch.load(archive.filename, map_location="cpu", weights_only=True)
-                if state["step"] != step or not Config(**state["config"]):
-                    raise ValueError(f"it holds step {state['step']}")
-                return state | dict(path=str(path), checksums=checksums)
-        except UserError as error:
-            print0(f"warning: {error}")
-    if found:
-        raise UserError(f"{out_dir}: none of its checkpoints is whole; choose another --out_dir")
-
-
-def load_training_state(checkpoint, optimizer, scaler):
-    """Give optimizer and scaler theirs. Returns the number of updates that were made, 0 without a
-    checkpoint. UserError, in all processes, if they do not have the same one."""
-    if dist.is_initialized():
-        mine = checkpoint and (Path(checkpoint["path"]).name, checkpoint["checksums"])
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-        if any(other != mine for other in found):
-            names = ", ".join(str(other and other[0]) for other in found)
-            raise UserError(f"--resume: --out_dir is not one folder for all; they found {names}")
-    if not checkpoint:
-        return 0
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["config"]["dtype"] == "float16":
-        scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"]
-
-
-class Log:
-    """out_dir/log.txt, one `step stream value` per line, and the lock on that folder. A resumed
-    run first drops the records that it will write again. Without `write` it only counts."""
-
-    def __init__(self, config, first_step, write=True):
-        self.config, self.first_step, self.begun = config, first_step, time.monotonic()
-        self.left_out = 0  # updates in a row
-        self.path, self.file = Path(config.out_dir) / "log.txt", None
-        if not write:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path.with_name(".lock"))
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            what = f"{config.out_dir}: another process trains there"
-            raise UserError(f"{what}; wait for its end, or give another --out_dir") from None
-        lines = self.path.read_text(errors="replace").splitlines(True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n")]  # the last one may be cut short
-        kept = [line for line in kept if (parse_record(line) or [-1])[0] < first_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
-        note_run(config, first_step)
-        self.watchers = watchers(config, first_step)
-        self.file = self.path.open("a", buffering=1)
-
-    def write(self, step, **values):
-        """A record for each stream=value. With a step's norm and seconds also its speed in tokens
-        per second, its batch if that has grown, and a note if the update was left out because the
-        norm is not finite. UserError after twenty of those."""
-        if "norm" in values:
-            self.left_out = 0 if math.isfinite(values["norm"]) else self.left_out + 1
-            before, batch = (get_batch_size(s, self.config) for s in (max(0, step - 1), step))
-            values["speed"] = batch / values.pop("seconds")
-            if batch != before or (step == 0 and batch != self.config.total_batch_size):
-                values["batch"] = batch
-            if self.left_out:
-                values["skip"] = self.left_out
-        if self.file:
-            remedy = "make room, and go on with --resume"
-            with fineweb.as_user_error(f"{self.path} cannot be written", remedy):
-                for stream, value in values.items():
-                    self.file.write(f"{step} {stream} {value:.12f}\n")
-            for watch in self.watchers:
-                watch(values, step)
-        if self.left_out == 20:
-            give_up(self.config, f"20 updates in a row were left out, the last one in step {step}")
-
-    def close(self):
-        if self.file:
-            self.file.close()
-            self.lock.release()
-
-
-def note_run(config, first_step):
-    """Add to run.json, a list, what this start depends on."""
-    path = Path(config.out_dir) / "run.json"
-    with fineweb.as_user_error(f"{path} cannot be read", "remove it"):
-        starts = json.loads(path.read_text()) if path.exists() else []
-        starts = starts if first_step else []  # a new run
-    start = dict(first_step=first_step, started=f"{datetime.now():%F %T}", versions=versions())
-    start |= dict(config=asdict(config), shards=fineweb.describe_shards(config.data_dir))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps([*starts, start], indent=1))
-    temporary.replace(path)
-
-
-def watchers(config, first_step):
-    """A function of ({stream: value}, step) for each of --tensorboard and --wandb. In Weights &
-    Biases every start is a run of its own; those of one folder are a group."""
-    found, run = [], f"{config.out_dir} from step {first_step}"
-    if config.tensorboard:
-        with fineweb.as_user_error("--tensorboard cannot work here", "pip install tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(Path(config.out_dir) / "tensorboard", purge_step=first_step)
-
-        def to_tensorboard(values, step):
-            for stream, value in values.items():
-                board.add_scalar(stream, value, step)
-            board.flush()
-
-        found.append(to_tensorboard)
-    if config.wandb:
-        with fineweb.as_user_error("--wandb cannot work here", "pip install wandb; wandb login"):
-            import wandb
-
-            names = dict(project=config.wandb, name=run, group=config.out_dir)
-            found.append(wandb.init(**names, config=asdict(config), dir=config.out_dir).log)
-    return found
-
-
-def parse_record(line):
-    """(step, stream, value as text), or None if the line is something else."""
-    words = line.split()
-    return (int(words[0]), *words[1:]) if len(words) == 3 and words[0].isdecimal() else None
-
-
-def read_log(path):
-    """The records of a log.txt, [(step, stream, value as text)]; other lines are passed over."""
-    lines = Path(path).read_text(errors="replace").splitlines(keepends=True)
-    records = [parse_record(line) for line in lines if line.endswith("\n")]
-    return [record for record in records if record]
-
-
-# The screen -----------------------------------------------------------------------------------
-
-PEAK_TFLOPS = (  # bfloat16, or float16, without sparsity, by NVIDIA's data sheets (GB200, GB300: of
-    # NVL72; RTX: white papers). The first that fits counts
-    {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989}
-    | {"H800 PCIe": 756, "H800": 989, "H20": 148, "B200": 2250, "GB200": 2500, "B300": 2250}
-    | {"GB300": 2500, "A100": 312, "A800": 312, "V100": 125, "T4": 65, "A40": 150, "A10G": 70}
-    | {"A10": 125, "L40S": 362, "L40": 181, "L4": 121, "A6000": 155, "RTX 6000 Ada": 364}
-    | {"RTX PRO 6000 Blackwell Workstation": 504, "3090": 71, "4090": 165, "5090": 209}
-)
-
-
-def peak_flops(device):
-    """Peak FLOP/s of one device, or None where the table does not know it."""
-    words = torch.cuda.get_device_name(device).replace("-", " ") if device.type == "cuda" else ""
-    fits = (tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if f" {name} " in f" {words} ")
-    return next(fits, None)
-
-
-def print0(*args):
-    """Print, in the first process only. A pipe that its reader has closed stops the run as a
-    signal does: quietly, after the step at hand and a checkpoint."""
-    try:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(*args, flush=True)
-    except BrokenPipeError:
-        received.append(signal.SIGPIPE)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class Progress:
-    """The rest of the line after a step: tokens per second, time left and, where the GPU is known,
-    MFU: the share of its peak FLOP/s that the model's own arithmetic takes."""
-
-    def __init__(self, config, model, device, world_size):
-        self.config, self.typical, self.steps = config, None, 0  # typical: seconds per token
-        self.flops = flops_per_token(model, config.seq_len)
-        known = peak_flops(device) if config.dtype != "float32" else None  # float32 has another
-        self.peak = (known or math.inf) * world_size
-
-    def __call__(self, step, norm, seconds):
-        config, tokens = self.config, get_batch_size(step, self.config)
-        self.steps += 1
-        if self.steps <= 2:  # the first step compiles and warms up
-            self.typical = seconds / tokens
-        self.typical = 0.9 * self.typical + 0.1 * seconds / tokens
-        left = tokens_before(config.max_steps, config) - tokens_before(step + 1, config)
-        mfu = self.flops * tokens / seconds / self.peak
-        text = f"{tokens / seconds:,.0f} tokens/s" + (f" | MFU {mfu:.1%}" if mfu else "")
-        left_out = "" if math.isfinite(norm) else " | update left out: its gradient is not finite"
-        return f"{text} | left {timedelta(seconds=int(left * self.typical))}{left_out}"
-
-
-def flops_per_token(model, seq_len):
-    """Forward and backward: 6 for each weight that multiplies, and 12·L·C·T for attention
-    (Chowdhery et al. 2022, appendix B). Position embeddings only add."""
-    multiply = model.num_params() - model.transformer.wpe.weight.numel()
-    return 6 * multiply + 12 * model.config.n_layer * model.config.n_embd * seq_len
-
-
-def versions():
-    """What a run depends on besides its configuration: {name: version}, and the device."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    libraries = dict(torch=str(torch.__version__), numpy=np.__version__)
-    return dict(commit=commit, python=platform.python_version(), **libraries, device=device)
-
-
-def announce(config, model, loader, val_loader, checkpoint):
-    """What stands on the screen before the first step."""
-    device, processes, B, T = loader.device, loader.world_size, loader.B, loader.T
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    compiled, V = "compiled" if config.compile else "not compiled", model.config.vocab_size
-    total, tokens = config.total_batch_size, loader.n_tokens
-    accum, epochs = total // (B * T * processes), tokens_before(config.max_steps, config) / tokens
-    usual = asdict(DEMO if config.demo else Config())
-    given = {name: value for name, value in asdict(config).items() if value != usual[name]}
-    lines = [
-        "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "settings: " + ", ".join(f"{name} {value}" for name, value in given.items()),
-        f"device: {processes} x {name}, {config.dtype}, {compiled}",
-        f"model: {model.num_params():,} parameters; {model.config}",
-        f"batch: {total:,} tokens = {B} sequences x {T} tokens x {processes} processes x {accum} "
-        "micro-steps",
-        f"data: {tokens:,} tokens in {len(loader.shards)} train shards of {config.data_dir}; "
-        f"{config.max_steps} steps are {epochs:.2f} epochs",
-    ]
-    if config.batch_ramp_steps:
-        lines += [f"batch: an eighth at first, whole from step {config.batch_ramp_steps}"]
-    if val_loader and val_loader.n_windows * T < config.val_tokens:
-        lines += [f"validation: all {val_loader.n_windows * T:,} tokens that there are"]
-    if V < VOCAB_SIZE and (config.sample_every or config.hellaswag_every):
-        lines += [f"warning: samples and HellaSwag are off: they need GPT-2's {VOCAB_SIZE} tokens"]
-    if epochs > 50 and not config.overfit_one_batch:
-        lines += [f"warning: {epochs:.0f} epochs are many; --epochs 3, or --finetune, takes fewer"]
-    if config.warmup_steps > config.max_steps:
-        lines += ["warning: --warmup_steps is longer than the run"]
-    if config.min_lr > config.max_lr:
-        lines += ["warning: --min_lr is more than --max_lr, so the rate will rise"]
-    if checkpoint:
-        lines += [f"resuming {checkpoint['path']}"]
-        if fineweb.describe_shards(config.data_dir) != checkpoint["shards"]:
-            lines += [f"warning: {config.data_dir} holds other shards than before"]
-        if checkpoint["step"] >= config.max_steps:
-            lines += [f"nothing is left to do: --max_steps is {config.max_steps}"]
-    elif config.init_from == "scratch":
-        lines += [
-            f"the first loss should be near ln {V} = {math.log(V):.4f}, that of a blind guess"
-        ]
-    print0("\n".join(lines))
-
-
-def farewell(config, model, log, stop):
-    """Leave the folder to others, and say how to go on."""
-    log.close()
-    if torch.cuda.is_initialized():
-        print0(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB per device")
-    how = "stopped by a signal" if stop else "done"
-    print0(f"{how} after {timedelta(seconds=int(time.monotonic() - log.begun))}; log: {log.path}")
-    saved, out_dir = find_checkpoints(config.out_dir), shlex.quote(config.out_dir)
-    if stop:
-        print0(f"  python train_gpt2.py --resume --out_dir {out_dir}  # goes on")
-    elif saved:
-        newest = shlex.quote(str(saved[-1][1]))
-        print0(f"checkpoint: {newest}, which transformers opens too. Next:")
-        if model.config.vocab_size >= VOCAB_SIZE:
-            print0(f"  python train_gpt2.py --sample_only --init_from {newest}")
-        print0(f"  GPT2_RUN={out_dir} jupyter execute --inplace play.ipynb  # plots the log")
-    if dist.is_initialized():
-        dist.barrier()  # torchrun ends all when one has ended: the first may still be saving
-        dist.destroy_process_group()
-    received[:] = (received or [signal.SIGTERM]) if stop else []  # it may be another process's
-
-
-# What makes a CPU and sampling faster ---------------------------------------------------------
-
-
-def cpu_attention(q, k, v, rows=256):
-    """attention() for bfloat16 on a CPU, causal: whole products are faster there than flash
-    attention's tiles. `rows` queries at a time look at the keys up to their own, which spares half
-    of a long context."""
-    shape, T, D = q.shape, q.size(2), q.size(3)
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B·H, T, D)
-    ahead = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)  # may not be looked at
-    done = []
+from fineweb import UserError, as_user_error  # UserError: printed without a traceback
+
+# The same network computed in other ways, and what suits this machine -------------------------
+
+
+def use_cpu_kernels(model, args):
+    """On a CPU, replace attention in bfloat16, and the loss unless torch.compile fuses it, by code
+    that is faster there. The results are the same up to rounding."""
+    keep_freed_memory()
+    if args.dtype == "bfloat16":
+        for block in model.transformer.h:
+            block.attn.forward = functools.partial(cpu_attention, block.attn)
+    if not args.compile:
+        model.forward = functools.partial(cpu_forward, model)
+
+
+def keep_freed_memory():
+    """Let glibc keep memory that is freed. By default it returns every large tensor to the system,
+    and the next step has to fetch all of its pages again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
+
+
+def cpu_attention(attn, x, rows=256):
+    """CausalSelfAttention.forward for bfloat16 on a CPU, where large matrix products are faster
+    than flash attention's small tiles. x: (B, T, C). It computes `rows` queries at a time against
+    the keys up to theirs, which saves almost half of the work when T is large."""
+    B, T, C = x.shape
+    q, k, v = attn.c_attn(x).view(B, T, 3, attn.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, T, D)
+    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    scale = q.size(2) ** -0.5
+    outputs = []
     for start in range(0, T, rows):
         end = start + rows
         keys = k[:, :end].transpose(1, 2)
-        weights = torch.baddbmm(ahead[start:end, :end], q[:, start:end], keys, alpha=D**-0.5)
-        done.append(weights.softmax(-1) @ v[:, :end])  # (B·H, rows, D)
-    return torch.cat(done, dim=1).view(shape)
+        scores = torch.baddbmm(future[start:end, :end], q[:, start:end], keys, alpha=scale)
+        outputs.append(scores.softmax(-1) @ v[:, :end])  # (B * H, rows, D)
+    y = torch.cat(outputs, dim=1).view(B, -1, T, C // attn.n_head)  # (B, H, T, D)
+    return attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def cpu_forward(model, idx, targets=None):
+    """GPT.forward with a loss that never stores all (B, T, V) logits, which take gigabytes."""
+    if targets is None:
+        return GPT.forward(model, idx)
+    t = model.transformer
+    x = t.wte(idx) + t.wpe(torch.arange(idx.size(1)))
+    for block in t.h:
+        x = block(x)
+    return CPUCrossEntropy.apply(t.ln_f(x), model.lm_head.weight, targets)
 
 
 class CPUCrossEntropy(torch.autograd.Function):
-    """cross_entropy() of some tokens at a time, each with its gradient at once, so that all
-    (B, T, V) logits, gigabytes, never exist."""
+    """F.cross_entropy(F.linear(x, weight), targets), ROWS tokens at a time. The gradients are
+    computed together with the loss, so the logits of only ROWS tokens exist at once."""
 
     ROWS = 512
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        w = weight.detach().to(half).requires_grad_(ctx.needs_input_grad[1])
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+        w = weight.detach().to(dtype).requires_grad_(ctx.needs_input_grad[1])
         d_x, d_weight, total = torch.zeros_like(x), torch.zeros_like(weight), 0.0
         flat = x.flatten(0, 1), d_x.view(-1, x.size(-1)), targets.flatten()
         for part, d_part, wanted in zip(*(t.split(CPUCrossEntropy.ROWS) for t in flat)):
-            part = part.detach().to(half).requires_grad_(w.requires_grad)
+            part = part.detach().to(dtype).requires_grad_(w.requires_grad)
             with torch.set_grad_enabled(w.requires_grad):
                 log_p = F.linear(part, w).log_softmax(-1, dtype=torch.float32)  # (ROWS, V)
                 loss = F.nll_loss(log_p, wanted, reduction="sum")
@@ -1250,7 +787,7 @@ class CPUCrossEntropy(torch.autograd.Function):
                 d, d_w = torch.autograd.grad(loss, (part, w))
                 d_part.copy_(d)
                 d_weight += d_w
-        ctx.n = (targets != -100).sum()  # -100 does not count, as in F.cross_entropy
+        ctx.n = (targets != -100).sum()  # -100 is ignored, as by F.cross_entropy
         ctx.save_for_backward(d_x, d_weight)
         return total / ctx.n
 
@@ -1260,231 +797,1089 @@ class CPUCrossEntropy(torch.autograd.Function):
         return d_x.mul_(d_loss / ctx.n), d_weight.mul_(d_loss / ctx.n), None
 
 
-def use_well(device):
-    """On a CPU, have glibc keep what is freed, instead of returning each large tensor to the system
-    and fetching its pages anew in the next step. On a GPU, let PyTorch's pieces of memory grow, so
-    that less is lost between them (WSL cannot: pytorch issue 192330). And share all cores between
-    torchrun's processes: it allows each one thread, and PyTorch each a compiler on every core."""
-    linux, told = sys.platform == "linux", any("ALLOC_CONF" in name for name in os.environ)
-    if device.type == "cuda" and linux and not told and "microsoft" not in platform.release():
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    elif device.type == "cpu" and linux and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap, too
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    if local := int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
-        cores = max(1, os.cpu_count() // local)
-        torch.set_num_threads(cores)
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores)))
-
-
-def bfloat16_pays():
-    """Does this CPU multiply bfloat16 faster than float32? By the clock, in less than 0.1 s: that
-    it has instructions for it says little. Rank 0 decides for all."""
-    pair = torch.ones(1024, 1024), torch.ones(1024, 1024, dtype=torch.bfloat16)
-    tries = [
-        [timeit.timeit(lambda: F.linear(w[:256], w), number=1) for w in pair] for _ in range(5)
-    ]
-    float32, bfloat16 = map(min, zip(*tries))
-    pays = torch.tensor(bfloat16 < float32)
-    if dist.is_initialized():
-        dist.broadcast(pays, 0)
-    return bool(pays)
-
-
-class CachedDecoder:
-    """model.next_logits for ids (B, T) that grow by a token per call: keeps the keys and values of
-    each block, so that only what is new is computed."""
+class KVCache:
+    """Computes what GPT.next_logits computes, for ids (B, T) that grow by one token per call. It
+    keeps the keys and values of all earlier tokens, so that only the new token is computed."""
 
     def __init__(self, model):
-        self.model, self.read = model, 0  # tokens read so far
-        self.kept = [None] * model.config.n_layer  # keys and values, (B, H, read, D) each
+        self.model = model
+        self.n_cached = 0  # tokens whose keys and values are kept
+        self.keys_values = [None] * model.config.n_layer  # a pair of (B, H, n_cached, D) per block
 
-    def __call__(self, idx):
-        if idx.size(1) <= self.read:  # the context is full and slides: every position changes
-            return self.model.next_logits(idx)
+    def next_logits(self, idx):
+        """Logits (B, V) of the token that follows idx (B, T)."""
+        if idx.size(1) <= self.n_cached:
+            return self.model.next_logits(idx)  # the full context moved on: all positions changed
         t = self.model.transformer
-        positions = torch.arange(self.read, idx.size(1), device=idx.device)
-        x = t.wte(idx[:, self.read :]) + t.wpe(positions)  # (B, new, C)
+        positions = torch.arange(self.n_cached, idx.size(1), device=idx.device)
+        x = t.wte(idx[:, self.n_cached :]) + t.wpe(positions)  # (B, new, C)
         for i, block in enumerate(t.h):
             x = x + self.attend(i, block.attn, block.ln_1(x))
             x = x + block.mlp(block.ln_2(x))
-        self.read = idx.size(1)
+        self.n_cached = idx.size(1)
         return self.model.lm_head(t.ln_f(x[:, -1]))
 
     def attend(self, i, attn, x):
+        """Attention of block i for the new tokens, x: (B, new, C), to all tokens so far."""
         B, new, C = x.shape
+        assert new == 1 or self.n_cached == 0, "after the prompt, tokens must come one by one"
         q, k, v = attn.c_attn(x).view(B, new, 3, attn.n_head, -1).permute(2, 0, 3, 1, 4)
-        if self.read:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.kept[i], (k, v)))
-        self.kept[i] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=new > 1)  # prompt; then one by one
+        if self.n_cached:
+            old_k, old_v = self.keys_values[i]
+            k = torch.cat([old_k, k], dim=2)
+            v = torch.cat([old_v, v], dim=2)
+        self.keys_values[i] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=new > 1)  # (B, H, new, D)
         return attn.c_proj(y.transpose(1, 2).reshape(B, new, C))
+
+
+def bfloat16_is_faster():
+    """Whether this CPU multiplies matrices faster in bfloat16 than in float32. It is timed, in less
+    than 0.1 s, because some CPUs with bfloat16 instructions are slower. Rank 0 decides for all."""
+    matrices = torch.ones(1024, 1024), torch.ones(1024, 1024, dtype=torch.bfloat16)
+    times = [
+        [timeit.timeit(lambda: F.linear(w[:256], w), number=1) for w in matrices] for _ in range(5)
+    ]
+    float32, bfloat16 = map(min, zip(*times))
+    faster = torch.tensor(bfloat16 < float32)
+    if dist.is_initialized():
+        dist.broadcast(faster, 0)
+    return bool(faster)
+
+
+def pick_micro_batch_size(args, model, world_size, autocast, checkpoint=None):
+    """Sequences per device per forward pass. auto: on CUDA the largest power of two, up to 65,536
+    tokens, that divides the batch and fits in memory; elsewhere 4,096 tokens. A resumed run keeps
+    its size on the same kind and number of devices, because another size changes the rounding."""
+    if args.seq_len > model.config.block_size:
+        what = f"--seq_len {args.seq_len}: the model's context has {model.config.block_size} tokens"
+        raise UserError(f"{what}; choose a smaller --seq_len")
+    if args.micro_batch_size != "auto":
+        return args.micro_batch_size
+    device = model.lm_head.weight.device
+    machine = [world_size, describe_device(device), args.dtype]
+    if checkpoint and checkpoint.get("machine") == machine:
+        return checkpoint["micro_batch_size"]
+    most = get_batch_size(0, args) // (args.seq_len * world_size)
+    most = most & -most  # the largest power of two that divides it
+    if device.type == "cuda":
+        fits = min(sequences_that_fit(args, model, autocast), max(1, 65536 // args.seq_len))
+    else:
+        fits = max(1, 4096 // args.seq_len)
+    B = torch.tensor(min(most, 2 ** (fits.bit_length() - 1)), device=device)
+    if dist.is_initialized():  # all processes take the smallest
+        dist.all_reduce(B, dist.ReduceOp.MIN)
+    return int(B)
+
+
+def sequences_that_fit(args, model, autocast):
+    """How many sequences of one micro-batch fit in the free memory of this GPU, at least 1. Two
+    small forward and backward passes show how much memory a sequence takes."""
+    device = model.lm_head.weight.device
+
+    def peak(B):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        idx = torch.zeros(B, args.seq_len, dtype=torch.int64, device=device)
+        with autocast:
+            loss = model(idx, idx)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    bytes_per_sequence = max(1, peak(2) - peak(1))  # torch.compile will need less
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    free -= 4 * 4 * model.num_params()  # gradients, DDP's copy of them, AdamW's two means
+    return max(1, int(0.85 * free / bytes_per_sequence))
+
+
+def prefetch(loader):
+    """A function of the step that returns the loader's micro-batches of that step. While a step
+    trains, a thread reads the next one."""
+
+    def use_own_gpu():
+        if loader.device.type == "cuda":
+            torch.cuda.set_device(loader.device)  # a new thread starts with GPU 0
+
+    thread = ThreadPoolExecutor(1, initializer=use_own_gpu)
+    futures = {}  # {step: its micro-batches, or the promise of them}
+
+    def get_micro_batches(step):
+        if step not in futures:
+            futures.clear()
+            futures[step] = thread.submit(loader.micro_batches, step)
+        micro_batches = futures[step].result()
+        if not loader.args.overfit_one_batch:
+            del futures[step]
+            futures[step + 1] = thread.submit(loader.micro_batches, step + 1)
+        return micro_batches
+
+    return get_micro_batches
+
+
+def load_hellaswag(args, model):
+    """The HellaSwag examples. None if they are turned off or cannot be read, or if the model was
+    trained on another tokenizer's ids."""
+    if args.hellaswag_every and model.config.vocab_size >= VOCAB_SIZE:
+        return hellaswag.items_or_none(args.hellaswag_data, model.config.block_size)
+
+
+# Hugging Face's files -------------------------------------------------------------------------
+
+
+def real_vocab_size(model):
+    """The number of tokens, without the rows that only pad the vocabulary to 50304."""
+    size = model.config.vocab_size
+    return VOCAB_SIZE if size == PADDED_VOCAB_SIZE else size
+
+
+def load_hugging_face(name_or_dir):
+    """transformers' GPT2LMHeadModel in float32. UserError if it computes anything that GPT does not
+    compute."""
+    hf = hellaswag.load_gpt2(name_or_dir)
+    c = hf.config
+    expected = {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "n_inner": c.n_inner and 4 * c.n_embd,  # None means 4 * n_embd
+    }
+    differences = {k: getattr(c, k) for k, value in expected.items() if getattr(c, k) != value}
+    if not torch.equal(hf.lm_head.weight, hf.transformer.wte.weight):
+        differences["tie_word_embeddings"] = False
+    if differences:
+        what = f"{name_or_dir} is a variant of GPT-2 that is not supported: {differences}"
+        raise UserError(f"{what}; choose another model")
+    return hf
+
+
+def save_hugging_face(model, directory):
+    """Write config.json, model.safetensors without the padding of the vocabulary, and the files of
+    the tokenizer, so that transformers opens the directory as it is."""
+    from safetensors.torch import save_file
+    from transformers import GPT2Config  # takes half a second, so it is imported where it is used
+
+    c = model.config
+    directory = Path(directory)
+    vocab_size = real_vocab_size(model)
+    end_of_text = VOCAB_SIZE - 1 if vocab_size >= VOCAB_SIZE else None
+    config = GPT2Config(
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        n_embd=c.n_embd,
+        vocab_size=vocab_size,
+        n_positions=c.block_size,
+        n_ctx=c.block_size,  # llama.cpp reads this name
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+        architectures=["GPT2LMHeadModel"],
+        dtype="float32",
+    )
+    state = {name: transpose_conv1d(name, t.cpu()) for name, t in model.state_dict().items()}
+    del state["lm_head.weight"]  # tied to wte
+    state["transformer.wte.weight"] = model.transformer.wte.weight[:vocab_size]
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+    with never_fatal("the permissions of model.safetensors"):  # save_file lets only us read it
+        shutil.copymode(directory / "config.json", directory / "model.safetensors")
+    if vocab_size == VOCAB_SIZE:
+        fineweb.save_tokenizer(directory, c.block_size)
+
+
+# A run's output, signals, checkpoints and log -------------------------------------------------
+
+stop_signals = []  # numbers of the signals that asked this process to stop, as they arrive
+
+
+def catch_stop_signals():
+    """From now on a signal is only recorded in stop_signals, which the training loop looks at. A
+    second Ctrl-C ends the process at once."""
+
+    def record(number, frame):
+        stop_signals.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # Windows lacks the last two
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, record)
+
+
+def print0(*args):
+    """Print on rank 0 only. Failing to print never ends a run by itself. But a pipe or a terminal
+    that has been closed stops it as a signal would: after the current step, with a checkpoint."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    try:
+        print(*args, flush=True)
+    except (OSError, ValueError) as error:  # ValueError: Python itself closed the file
+        number = getattr(error, "errno", None)
+        if number == errno.EPIPE:
+            stop_signals.append(getattr(signal, "SIGPIPE", signal.SIGTERM))
+        elif number == errno.EIO and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            stop_signals.append(signal.SIGHUP)
+        with suppress(OSError, ValueError):  # what is printed later goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def never_fatal(what):
+    """For what only decorates a run: if it raises, a warning is printed and the run continues."""
+    try:
+        yield
+    except Exception as error:
+        print0(f"warning: {what}: {innermost_cause(error)}; the run continues without it")
+
+
+def innermost_cause(error):
+    """The text of the error that caused this one, in one line of at most 200 characters."""
+    while cause := getattr(error, "inner_exception", None) or error.__cause__:
+        error = cause
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def gather(value):
+    """The values of all processes, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def find_checkpoints(out_dir):
+    """[(step, path)] of a run's checkpoints, oldest first."""
+    paths = [(path.name.removeprefix("step_"), path) for path in Path(out_dir).glob("step_*")]
+    return sorted((int(step), path) for step, path in paths if step.isdecimal())
+
+
+def newest_checkpoint(out_dir, device="auto"):
+    """The state that Run.save wrote last, a dict, or None if there is no checkpoint. If the newest
+    one is damaged, for any of the processes, all of them use the one before it.
+
+    UserError if all are damaged, or if the processes do not see the same checkpoints."""
+    found = find_checkpoints(out_dir)
+    for _, path in reversed(found):
+        problem = None
+        try:
+            state = read_checkpoint(path)
+            device = state["args"]["device"] if device == "auto" else device
+        except UserError as error:
+            problem = str(error)
+        init_distributed(device)  # gather() needs the processes to be connected
+        names, problems = zip(*gather((path.name, problem)))
+        refuse_different_checkpoints(out_dir, names)
+        if not any(problems):
+            return state
+        print0(f"warning: {next(filter(None, problems))}")
+    if found:
+        raise UserError(f"{out_dir}: all of its checkpoints are damaged; choose another --out_dir")
+    init_distributed(device)
+    refuse_different_checkpoints(out_dir, [name for name, _ in gather(("no checkpoint", None))])
+
+
+def refuse_different_checkpoints(out_dir, names):
+    if len(set(names)) > 1:
+        what = f"--resume: {out_dir} is not the same folder for all processes"
+        raise UserError(f"{what}; they found {', '.join(sorted(set(names)))}")
+
+
+def read_checkpoint(path):
+    """The state in a checkpoint's training_state.pt, with its path and the checksums of its
+    tensors. The tensors are memory-mapped, so they take no memory until they are copied. One
+    process per machine compares the checksums. UserError if the file is damaged."""
+    file = path / "training_state.pt"
+    with as_user_error(f"{path} is damaged", "the checkpoint before it is used"):
+        with zipfile.ZipFile(file) as archive:
+            checksums = [member.CRC for member in archive.infolist()]
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0 and (name := archive.testzip()):
+                raise ValueError(f"wrong checksum of {name}")
+        mmap = sys.platform != "win32"  # Windows cannot remove a file that is mapped
+        state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=mmap)
+        if f"step_{state['step']:05d}" != path.name:
+            raise ValueError(f"it holds step {state['step']}")
+        if "args" not in state:
+            state["args"] = state["config"]  # its name in older checkpoints
+    return state | {"path": str(path), "checksums": checksums}
+
+
+def write_checkpoint(path, model, state):
+    """Write a checkpoint completely or not at all: under a temporary name, which becomes `path`
+    when everything is on the disk. UserError if that fails."""
+    temporary = path.with_name(f"tmp_{path.name}")
+    remedy = "make room, then continue with --resume; older checkpoints are complete"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with as_user_error(f"{path} cannot be written", remedy):
+            save_hugging_face(model, temporary)
+            torch.save(state, temporary / "training_state.pt")
+            for file in temporary.iterdir():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+            sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(folder):
+    """Put the names in a folder on the disk, for power cuts. Windows cannot open a folder."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
+
+
+class Run:
+    """Everything around the training loop: the lock on out_dir, log.txt, checkpoints, signals, and
+    what is printed. Only rank 0 writes files."""
+
+    def __init__(self, args, model, train_loader, val_loader, autocast, checkpoint):
+        self.args = args
+        self.model = model
+        self.loader = train_loader
+        self.autocast = autocast
+        self.first_step = checkpoint["step"] if checkpoint else 0
+        self.saved_step = self.first_step
+        self.started = self.saved_at = time.monotonic()
+        self.skipped = 0  # steps in a row whose gradient was not finite
+        self.stopping = False
+        self.progress = Progress(args, model, train_loader)
+        self.log_file = None
+        for loader in filter(None, (train_loader, val_loader)):
+            loader.tokens.vocab_size = real_vocab_size(model)  # a larger id in the data is refused
+        if train_loader.rank == 0:
+            self.lock = lock_folder(args.out_dir)
+            self.facts = {
+                "shards": fineweb.describe_shards(args.data_dir),
+                "versions": versions(),
+                "machine": [train_loader.world_size, describe_device(train_loader.device), args.dtype],
+                "micro_batch_size": train_loader.B,
+            }
+            self.log_file = Log(args, self.first_step)
+            add_to_run_json(args, self.first_step, self.facts)
+            announce(args, model, train_loader, val_loader, checkpoint, self.facts)
+        for name in ("model", "optimizer", "scaler"):
+            if checkpoint:
+                checkpoint.pop(name, None)  # they are copied by now; free the memory
+        catch_stop_signals()
+
+    def stop_requested(self):
+        """True in all processes if one of them has received a signal."""
+        if not self.stopping:
+            flag = torch.tensor(float(len(stop_signals) > 0))
+            if dist.is_initialized():
+                flag = all_reduce_mean(flag.to(self.loader.device))
+            self.stopping = flag.item() > 0
+        return self.stopping
+
+    def save_minutes_passed(self, step):
+        """Whether --save_minutes have passed since the last checkpoint, or the run is complete."""
+        seconds = 60 * self.args.save_minutes
+        passed = time.monotonic() - self.saved_at > seconds
+        return seconds > 0 and (passed or step == self.args.max_steps)
+
+    def save(self, state):
+        """Write the checkpoint out_dir/step_NNNNN, unless it exists or nothing was trained yet.
+        While steps are being skipped, write none except at the end. Refuse weights whose loss is
+        not finite."""
+        step = state["step"]
+        at_the_end = self.stopping or step == self.args.max_steps
+        if step == self.saved_step or (self.skipped and not at_the_end):
+            return
+        self.check_weights(step)
+        path = Path(self.args.out_dir) / f"step_{step:05d}"
+        self.remove_old_checkpoints(path)  # first, to make room
+        write_checkpoint(path, self.model, state | self.facts)
+        self.saved_step = step
+        self.saved_at = time.monotonic()
+        print0(f"step {step}: saved {path}")
+
+    @torch.no_grad()
+    def check_weights(self, step):
+        x, y = self.loader.load([0])
+        with self.autocast:
+            loss = self.model(x, y).item()
+        if not math.isfinite(loss):
+            self.give_up(f"the loss after {step} steps is {loss}")
+
+    def remove_old_checkpoints(self, path):
+        """Keep the newest --keep_checkpoints beside `path`."""
+        others = [other for _, other in find_checkpoints(self.args.out_dir) if other != path]
+        keep = self.args.keep_checkpoints
+        for old in others[:-keep] if keep else []:
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                print0(f"warning: {old} cannot be removed: {error.strerror}")
+
+    def give_up(self, why):
+        saved = find_checkpoints(self.args.out_dir)
+        where = f"--resume continues from {saved[-1][1]}" if saved else "nothing was saved before"
+        raise UserError(f"{why}; lower --max_lr or look at the data: {where}")
+
+    def log(self, step, **values):
+        """Add a record to the log for each stream=value."""
+        if self.log_file:
+            self.log_file.write(step, values)
+
+    def log_step(self, step, loss, lr, norm, dt):
+        """Log a training step and print its line. UserError after 20 skipped steps in a row."""
+        tokens = get_batch_size(step, self.args)
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        values = {"train": loss, "lr": lr, "norm": norm, "speed": tokens / dt}
+        if step == 0 and tokens < self.args.total_batch_size:
+            values["batch"] = tokens
+        if step > 0 and tokens != get_batch_size(step - 1, self.args):
+            values["batch"] = tokens
+        if self.skipped:
+            values["skip"] = self.skipped
+        self.log(step, **values)
+        print0(
+            f"step {step:5d}/{self.args.max_steps} | loss {loss:.6f} | lr {lr:.4e} "
+            f"| norm {norm:.4f} | {dt * 1e3:.1f} ms | {self.progress.update(step, dt)}"
+            + (" | step skipped: its gradient is not finite" if self.skipped else "")
+        )
+        if self.skipped == 20:
+            self.give_up(f"20 steps in a row were skipped, the last one in step {step}")
+
+    def finish(self):
+        """Leave the folder to others, and print how to continue."""
+        if self.log_file:
+            self.log_file.close()
+            self.lock.release()
+        if torch.cuda.is_initialized():
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            print0(f"peak memory: {peak:.2f} GiB per device")
+        time_taken = timedelta(seconds=int(time.monotonic() - self.started))
+        log_path = Path(self.args.out_dir) / "log.txt"
+        print0(f"{'stopped' if self.stopping else 'done'} after {time_taken}; log: {log_path}")
+        self.print_next_commands()
+        if dist.is_initialized():
+            dist.barrier()  # torchrun ends all processes with the first; rank 0 may still be saving
+            dist.destroy_process_group()
+        # main() exits with the first of these; the signal may have reached another process
+        stop_signals[:] = (stop_signals or [signal.SIGTERM]) if self.stopping else []
+
+    def print_next_commands(self):
+        out_dir = shlex.quote(self.args.out_dir)
+        saved = find_checkpoints(self.args.out_dir)
+        if self.stopping:
+            print0(f"  python train_gpt2.py --resume --out_dir {out_dir}  # continues")
+        elif saved:
+            newest = shlex.quote(str(saved[-1][1]))
+            print0(f"checkpoint: {newest}, which transformers can open, too. Next:")
+            if self.model.config.vocab_size >= VOCAB_SIZE:
+                print0(f"  python train_gpt2.py --sample_only --init_from {newest}")
+            print0(f"  GPT2_RUN={out_dir} jupyter execute --inplace play.ipynb  # plots the log")
+
+
+def lock_folder(out_dir):
+    """Create a run's folder and lock it for this process. UserError if another one has the lock."""
+    with as_user_error(f"{out_dir} cannot be written", "choose another --out_dir"):
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(Path(out_dir) / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            what = f"{out_dir}: another process is training there"
+            raise UserError(f"{what}; wait for it to end, or choose another --out_dir") from None
+        except (NotImplementedError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+                raise
+            why = "its file system has no locks"
+            print0(f"warning: {out_dir} is not locked, because {why}; do not train there twice")
+    return lock
+
+
+class Log:
+    """out_dir/log.txt, with a record `step stream value` per line, and --tensorboard and --wandb.
+
+    A resumed run first drops the records that it will write again: those of training from its first
+    step on, and evaluations after that step. Evaluations in that step are replaced if they are
+    repeated. Lines that are no records are kept."""
+
+    def __init__(self, args, first_step):
+        self.path = Path(args.out_dir) / "log.txt"
+        self.first_step = first_step
+        if self.path.exists() and first_step == 0 and read_log(self.path):
+            self.keep_old_log()
+        self.rewrite(lambda step, stream: step < first_step + (stream in ("val", "hella")))
+        self.watchers = make_watchers(args, first_step)
+        for step, stream, value in read_log(self.path):
+            if step == first_step:  # --tensorboard drops all that it has of this step
+                self.watch(step, {stream: float(value)})
+
+    def keep_old_log(self):
+        """--resume found no checkpoint to continue from: this is a new run with a new log."""
+        number = 1
+        while (old := self.path.with_name(f"log.txt.{number}")).exists():
+            number += 1
+        self.path.rename(old)
+        print0(f"--resume: there is no checkpoint, so training starts again; the old log is {old}")
+
+    def rewrite(self, keep):
+        """Keep only the records for which keep(step, stream) is true, and open the file."""
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        lines = [line for line in text.splitlines(True) if line.endswith("\n")]  # complete ones
+        records = map(parse_record, lines)
+        kept = [x for x, record in zip(lines, records) if record is None or keep(*record[:2])]
+        temporary = self.path.with_suffix(".tmp")
+        with as_user_error(f"{self.path} cannot be written", "make room, then use --resume"):
+            temporary.write_text("".join(kept))
+            temporary.replace(self.path)
+            self.file = self.path.open("a", buffering=1)
+
+    def write(self, step, values):
+        """Add records. values: {stream: number}. UserError if the file cannot be written."""
+        if step == self.first_step and not {"val", "hella"}.isdisjoint(values):
+            self.file.close()
+            self.rewrite(lambda s, stream: s != step or stream not in values)
+        with as_user_error(f"{self.path} cannot be written", "make room, then use --resume"):
+            for stream, value in values.items():
+                self.file.write(f"{step} {stream} {value:.12f}\n")
+        self.watch(step, values)
+
+    def watch(self, step, values):
+        """Pass records to TensorBoard and Weights & Biases. The first failure turns one off."""
+        for name, watcher in list(self.watchers.items()):
+            failed = True
+            with never_fatal(name):
+                watcher(values, step)
+                failed = False
+            if failed:
+                del self.watchers[name]
+
+    def close(self):
+        self.file.close()
+
+
+def parse_record(line):
+    """(step, stream, value as text) of a line of log.txt, or None if the line is something else."""
+    words = line.split()
+    return (int(words[0]), *words[1:]) if len(words) == 3 and words[0].isdecimal() else None
+
+
+def read_log(path):
+    """The records of a log.txt: [(step, stream, value as text)]. Other lines are skipped."""
+    lines = Path(path).read_text(errors="replace").splitlines(keepends=True)
+    records = [parse_record(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if record]
+
+
+def make_watchers(args, first_step):
+    """{flag: function of ({stream: value}, step)} for --tensorboard and --wandb. In Weights &
+    Biases every start is a run of its own; those of one folder are a group. UserError if the
+    package is not installed."""
+    watchers = {}
+    if args.tensorboard:
+        with as_user_error("--tensorboard cannot be used here", "pip install tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(Path(args.out_dir) / "tensorboard", purge_step=first_step)
+
+        def to_tensorboard(values, step):
+            for stream, value in values.items():
+                board.add_scalar(stream, value, step)
+            board.flush()
+
+        watchers["--tensorboard"] = to_tensorboard
+    if args.wandb:
+        with as_user_error("--wandb cannot be used here", "pip install wandb; wandb login"):
+            import wandb
+
+            run = wandb.init(
+                project=args.wandb,
+                name=f"{args.out_dir} from step {first_step}",
+                group=args.out_dir,
+                config=asdict(args),
+                dir=args.out_dir,
+            )
+        watchers["--wandb"] = run.log
+    return watchers
+
+
+def add_to_run_json(args, first_step, facts):
+    """Add the settings, versions and data of this start to out_dir/run.json, which is a list."""
+    path = Path(args.out_dir) / "run.json"
+    with never_fatal(f"{path} cannot be written"):
+        starts = json.loads(path.read_text()) if first_step and path.exists() else []
+        time_now = f"{datetime.now():%F %T}"
+        start = {"first_step": first_step, "started": time_now, "args": asdict(args), **facts}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps([*starts, start], indent=1))
+        temporary.replace(path)
+
+
+def describe_device(device):
+    return torch.cuda.get_describe_device(device) if device.type == "cuda" else device.type
+
+
+def versions():
+    """Versions of the code and its libraries: {name: version}."""
+    commit = ""
+    with never_fatal("git describe"):
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+        if shutil.which("git"):
+            commit = subprocess.run(git, capture_output=True, text=True, timeout=30).stdout.strip()
+    return {
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
+
+
+# Peak TFLOP/s in bfloat16 (float16 where there is no bfloat16), dense, from NVIDIA's data sheets;
+# for RTX cards from its white papers. The first name that fits a device counts.
+PEAK_TFLOPS = """H100 PCIe 756, H100 NVL 835, H100 989, H200 NVL 835, H200 989, GH200 989,
+    H800 PCIe 756, H800 989, H20 148, B200 2250, GB200 2500, B300 2250, GB300 2500, A100 312,
+    A800 312, V100 125, T4 65, A40 150, A10G 70, A10 125, L40S 362, L40 181, L4 121, A6000 155,
+    RTX 6000 Ada 364, RTX PRO 6000 Blackwell Workstation 504, 3090 71, 4090 165, 5090 209"""
+
+
+def peak_flops(device):
+    """Peak FLOP/s of one device, or None if it is not in the table."""
+    words = f" {describe_device(device)} ".replace("-", " ")
+    for entry in PEAK_TFLOPS.split(","):
+        name, tflops = entry.strip().rsplit(" ", 1)
+        if f" {name} " in words:
+            return float(tflops) * 1e12
+
+
+def flops_per_token(model, seq_len):
+    """FLOPs of a forward and backward pass: 6 for each weight of a matrix product, and
+    12 * n_layer * C * T for attention (Chowdhery et al. 2022, appendix B)."""
+    weights = model.num_params() - model.transformer.wpe.weight.numel()
+    return 6 * weights + 12 * model.config.n_layer * model.config.n_embd * seq_len
+
+
+class Progress:
+    """Speed, time left and, for a GPU in the table, MFU: the share of its peak FLOP/s that the
+    model's own arithmetic uses."""
+
+    def __init__(self, args, model, loader):
+        self.args = args
+        self.flops = flops_per_token(model, args.seq_len)
+        self.steps = 0  # in this process
+        self.seconds_per_token = None  # a running mean
+        peak = peak_flops(loader.device) if args.dtype != "float32" else None
+        self.peak = peak * loader.world_size if peak else math.inf
+
+    def update(self, step, dt):
+        """The end of a step's line, for a step that took dt seconds."""
+        tokens = get_batch_size(step, self.args)
+        self.steps += 1
+        if self.steps <= 2:  # the first step compiles and warms up
+            self.seconds_per_token = dt / tokens
+        self.seconds_per_token = 0.9 * self.seconds_per_token + 0.1 * dt / tokens
+        left = tokens_before(self.args.max_steps, self.args) - tokens_before(step + 1, self.args)
+        time_left = timedelta(seconds=int(left * self.seconds_per_token))
+        mfu = self.flops * tokens / dt / self.peak
+        mfu = f" | MFU {mfu:.1%}" if mfu else ""
+        return f"{tokens / dt:,.0f} tokens/s{mfu} | left {time_left}"
+
+
+def announce(args, model, loader, val_loader, checkpoint, facts):
+    """Print what is about to be trained, and warnings about settings that are probably mistakes."""
+    V, B, T, processes = model.config.vocab_size, loader.B, loader.T, loader.world_size
+    changed = {k: value for k, value in asdict(args).items() if value != getattr(Args, k)}
+    accum = args.total_batch_size // (B * T * processes)
+    n_tokens = len(loader.tokens)
+    epochs = tokens_before(args.max_steps, args) / n_tokens
+    lines = [
+        "versions: " + ", ".join(f"{k} {version}" for k, version in facts["versions"].items()),
+        "settings: " + ", ".join(f"{name} {value}" for name, value in changed.items()),
+        f"device: {processes} x {describe_device(loader.device)}, {args.dtype}, "
+        + ("compiled" if args.compile else "not compiled"),
+        f"model: {model.num_params():,} parameters; {model.config}",
+        f"batch: {args.total_batch_size:,} tokens = {B} sequences x {T} tokens "
+        f"x {processes} processes x {accum} micro-steps",
+        f"data: {n_tokens:,} tokens in {len(loader.tokens.shards)} train shards of "
+        f"{args.data_dir}; {args.max_steps} steps are {epochs:.2f} epochs",
+    ]
+    if args.batch_ramp_steps:
+        lines.append(f"batch: one eighth at first, all of it from step {args.batch_ramp_steps}")
+    if val_loader and val_loader.n_sequences * T < args.val_tokens:
+        lines.append(f"validation: all {val_loader.n_sequences * T:,} tokens of the split")
+    if checkpoint:
+        lines.append(f"resuming {checkpoint['path']}")
+        if checkpoint["step"] >= args.max_steps:
+            lines.append(f"there is nothing left to do: --max_steps is {args.max_steps}")
+    elif args.init_from == "scratch":
+        lines.append(f"the first loss should be near ln {V} = {math.log(V):.4f}: a uniform guess")
+    lines += [f"warning: {text}" for text in find_oddities(args, model, loader, epochs, checkpoint)]
+    print0("\n".join(lines))
+
+
+def find_oddities(args, model, loader, epochs, checkpoint):
+    """Yield a warning for each setting that works but is probably not what the user wants."""
+    V = model.config.vocab_size
+    if V < VOCAB_SIZE and (args.sample_every or args.hellaswag_every):
+        yield f"samples and HellaSwag are off: {V} tokens are not GPT-2's vocabulary"
+    if epochs > 50 and not args.overfit_one_batch:
+        yield f"{epochs:.0f} epochs are many; --epochs 3 or --finetune trains for fewer"
+    if args.warmup_steps > args.max_steps:
+        yield "--warmup_steps is longer than the run"
+    if args.min_lr > args.max_lr:
+        yield "--min_lr is more than --max_lr, so the learning rate will rise"
+    if checkpoint and fineweb.describe_shards(args.data_dir) != checkpoint["shards"]:
+        yield f"{args.data_dir} holds other shards than before"
+    if args.dtype == "bfloat16" and loader.device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            yield "this GPU only emulates bfloat16, which is slow; try --dtype float16"
 
 
 # The command line -----------------------------------------------------------------------------
 
-PRESETS = {  # what flags of these names, and --model, set; any other flag overrides it
-    "demo": dict(  # a real tokenizer and a real loss curve, sized for two laptop cores
-        **dict(demo=True, data_dir="demo/data", out_dir="demo/log"),
-        **dict(n_layer=4, n_head=4, n_embd=128, block_size=128, seq_len=128),
-        **dict(total_batch_size=1024, micro_batch_size=8, max_steps=450, warmup_steps=20),
-        **dict(max_lr=2e-3, min_lr=2e-4, val_every=90, val_tokens=13824, hellaswag_every=0),
-        **dict(sample_every=225, save_every=225, prompt="The for statement is used to"),
-    ),
-    "finetune": dict(  # batch and rate of nanoGPT's fine-tuning on Shakespeare
-        **dict(finetune=True, out_dir="tuned", epochs=2, total_batch_size=32768, warmup_steps=3),
-        **dict(max_lr=3e-5, min_lr=3e-5, val_every=10, sample_every=0, hellaswag_every=0),
-    ),
-    # GPT-3 table 2.1, for the sizes nearest to GPT-2's; the same 10e9 tokens
-    "gpt2-medium": dict(max_lr=3e-4, min_lr=3e-5),
-    "gpt2-large": dict(max_lr=2.5e-4, min_lr=2.5e-5),
-    "gpt2-xl": dict(
-        **dict(max_lr=2e-4, min_lr=2e-5),
-        **dict(total_batch_size=2**20, max_steps=9537, warmup_steps=358),
-    ),
-    "gpt3-125M": dict(seq_len=2048),
+
+@dataclass(frozen=True)
+class Args(TrainConfig):
+    """Train GPT-2: the settings of TrainConfig, and conveniences."""
+
+    # conveniences
+    demo: bool = False  # use settings for a short run on text that comes with Python
+    finetune: bool = False  # use settings for training --init_from on a small text
+    epochs: float = 0  # if given, sets max_steps to this many passes over the training tokens
+    keep_checkpoints: int = 3  # how many older checkpoints to keep beside the newest; 0: all
+    hellaswag_data: str = hellaswag.DATA  # downloaded to this file if it does not exist
+    sample_only: bool = False  # do not train; print samples of --init_from (--prompt -: of stdin)
+    tensorboard: bool = False  # also log to TensorBoard, in out_dir
+    wandb: str = ""  # also log to this project of Weights & Biases
+
+
+PRESETS = {  # the flags that --demo, --finetune and --model stand for; other flags override them
+    # a real tokenizer and a real loss curve, in two minutes on two laptop cores
+    "demo": """--data_dir demo/data --out_dir demo/log --n_layer 4 --n_head 4 --n_embd 128
+        --block_size 128 --seq_len 128 --total_batch_size 1024 --micro_batch_size 8 --max_steps 450
+        --warmup_steps 20 --max_lr 2e-3 --min_lr 2e-4 --val_every 90 --val_tokens 13824
+        --hellaswag_every 0 --sample_every 225 --save_every 225 --no-compile
+        --prompt 'The for statement is used to'""",
+    # batch and learning rate of nanoGPT's fine-tuning on Shakespeare
+    "finetune": """--init_from gpt2 --out_dir tuned --epochs 2 --total_batch_size 32768
+        --warmup_steps 3 --max_lr 3e-5 --min_lr 3e-5 --val_every 10 --sample_every 0
+        --hellaswag_every 0""",
+    # GPT-3 table 2.1, for the sizes nearest to GPT-2's; trained on the same 10e9 tokens
+    "gpt2-medium": "--max_lr 3e-4 --min_lr 3e-5",
+    "gpt2-large": "--max_lr 2.5e-4 --min_lr 2.5e-5",
+    "gpt2-xl": """--max_lr 2e-4 --min_lr 2e-5 --total_batch_size 1048576 --max_steps 9537
+        --warmup_steps 358""",
+    "gpt3-125M": "--seq_len 2048",
 }
-DEMO = Config(**PRESETS["demo"])
-SHAPE = ["model", "n_layer", "n_head", "n_embd", "block_size", "vocab_size"]
-BATCHES = ["total_batch_size", "batch_ramp_steps", "seq_len"]
-BATCHES += ["shuffle", "seed", "overfit_one_batch"]
+NETWORK = ("model", "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+# A run that is resumed with another value of one of these would be another run.
+FIXED = NETWORK + (
+    "init_from",
+    "demo",
+    "finetune",
+    "total_batch_size",
+    "batch_ramp_steps",
+    "seq_len",
+    "shuffle",
+    "seed",
+    "overfit_one_batch",
+)
+PATHS = ("data_dir", "out_dir", "init_from", "hellaswag_data")
 
 
 def parse(argv):
-    """(config, checkpoint): the flags over the defaults, the demo's, or those of the run that
-    --resume goes on with; and what newest_checkpoint found of that run."""
-    config = tyro.cli(Config, args=argv, description=__doc__)
-    usual = usual_config(config)
-    config = tyro.cli(Config, args=argv, default=usual)
-    if config.demo and not config.sample_only:
-        fineweb.build_demo(config.data_dir)
-    checkpoint = newest_checkpoint(config.out_dir) if config.resume else None
-    if not checkpoint:
-        return count_steps(config, usual), None
-    before = replace(Config(**checkpoint["config"]), out_dir=config.out_dir, resume=True)
-    config = count_steps(tyro.cli(Config, args=argv, default=before), before)
-    for name, old in asdict(before).items():
-        new = getattr(config, name)
-        if new != old and name in ["init_from", *SHAPE, *BATCHES]:
-            why = f"--resume: {checkpoint['path']} was trained with --{name} {old}, not {new}"
-            raise UserError(f"{why}; start another run with --init_from {checkpoint['path']}")
-        if new != old and not config.sample_only:
+    """(args, checkpoint). The flags override the defaults or, with --resume, the settings of the
+    newest checkpoint, which is returned, too. UserError if a resumed run would become another."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("demo", "finetune", "resume"):
+        early.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
+    for name in ("model", "device", "out_dir", "max_steps"):
+        early.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    early, _ = early.parse_known_args(argv)
+    given = {"demo": early.demo, "finetune": early.finetune, early.model: True}
+    presets = [flags for name, flags in PRESETS.items() if given.get(name)]
+    presets = shlex.split(" ".join(presets[::-1]))
+    device = early.device if early.device in ("cpu", "cuda", "mps") else "auto"
+    defaults = Args(compile=pick_device(device).type == "cuda")
+    checkpoint = None
+    if early.resume:
+        out_dir = tyro.cli(Args, args=presets).out_dir if early.out_dir is None else early.out_dir
+        out_dir = os.path.expanduser(out_dir)
+        checkpoint = newest_checkpoint(out_dir, device)
+    if checkpoint:
+        presets = []
+        defaults = replace(saved_args(checkpoint), out_dir=out_dir, resume=True)
+    args = tyro.cli(Args, args=[*presets, *argv], default=defaults, description=__doc__)
+    args = replace(args, **{name: os.path.expanduser(getattr(args, name)) for name in PATHS})
+    if args.demo and not args.sample_only:
+        fineweb.build_demo(args.data_dir)
+    args = convert_epochs(args, max_steps_given=early.max_steps is not None)
+    if checkpoint:
+        compare_with_checkpoint(args, defaults, checkpoint["path"])
+    return args, checkpoint
+
+
+def saved_args(checkpoint):
+    """The settings of a checkpoint. Another version of this file may have other settings: those
+    that are unknown here are ignored, and those that are new have their defaults."""
+    known = {field.name for field in fields(Args)}
+    unknown = sorted(checkpoint["args"].keys() - known)
+    if unknown:
+        what = f"{checkpoint['path']} is from another version of this program"
+        print0(f"warning: {what}; these settings are ignored: {', '.join(unknown)}")
+    return Args(**{k: value for k, value in checkpoint["args"].items() if k in known})
+
+
+def compare_with_checkpoint(args, saved, path):
+    """Print what a resumed run changes. UserError if that makes it another run."""
+    for name, old in asdict(saved).items():
+        new = getattr(args, name)
+        if new != old and name in FIXED:
+            why = f"--resume: {path} was trained with --{name} {old}, not {new}"
+            raise UserError(f"{why}; start another run with --init_from {path}")
+        if new != old and not args.sample_only:
             print0(f"--resume: {name} {old} → {new}")
-    return config, checkpoint
 
 
-def usual_config(config):
-    """The defaults that --demo, --finetune, --model and the device ask for."""
-    usual = dict(compile=pick_device(config.device).type == "cuda" and not config.demo)
-    for name in (config.model, *(n for n in ("demo", "finetune") if getattr(config, n))):
-        usual |= PRESETS.get(name, {})
-    return Config(**usual)
+def convert_epochs(args, max_steps_given):
+    """Replace --epochs by the --max_steps that it means, unless that is given, too."""
+    if not 0 < args.epochs < math.inf or args.sample_only:
+        return args
+    if not max_steps_given:
+        wanted = args.epochs * len(fineweb.open_tokens(args.data_dir, "train"))
+        steps = bisect_left(range(10**9), wanted, key=lambda step: tokens_before(step, args))
+        args = replace(args, max_steps=steps)
+    return replace(args, epochs=0)
 
 
-def count_steps(config, usual):
-    """With --epochs turned into --max_steps, unless that was given too."""
-    if 0 < config.epochs < math.inf and not config.sample_only:
-        if config.max_steps == usual.max_steps:
-            shards = fineweb.open_shards(config.data_dir, "train")
-            wanted = config.epochs * sum(len(shard) for shard in shards)
-            steps = bisect_left(range(10**9), wanted, key=lambda s: tokens_before(s, config))
-            config = replace(config, max_steps=steps)
-        config = replace(config, epochs=0)
-    return config
+def check_args(args, world_size, checkpoint=None):
+    """UserError, in all processes, if the settings cannot work or if the processes do not see the
+    same data and the same checkpoint."""
+    problem, shards = None, None
+    try:
+        check_values(args)
+        check_network(args)
+        check_batch(args, world_size)
+        check_folders(args)
+        shards = fineweb.describe_shards(args.data_dir)
+    except UserError as error:
+        problem = str(error)
+    resumed = checkpoint and (Path(checkpoint["path"]).name, checkpoint["checksums"])
+    problems, all_shards, all_resumed = zip(*gather((problem, shards, resumed)))
+    if any(problems):
+        raise UserError(next(filter(None, problems)))
+    if any(other != all_resumed[0] for other in all_resumed):
+        names = [other[0] if other else "no checkpoint" for other in all_resumed]
+        refuse_different_checkpoints(args.out_dir, [*names, "another one"])
+    if any(other != all_shards[0] for other in all_shards):
+        what = f"--data_dir {args.data_dir}: the processes see different shards there"
+        raise UserError(f"{what}; copy the same shards to each machine")
 
 
-def check(config, world_size):
-    """Refuse, in one sentence, what cannot work."""
-    sizes = [*SHAPE, "total_batch_size", "micro_batch_size", "seq_len", "val_tokens"]
-    for name, value in asdict(config).items():
+def check_values(args):
+    """UserError if a single setting is out of range."""
+    sizes = (*NETWORK, "total_batch_size", "micro_batch_size", "seq_len", "val_tokens")
+    for name, value in asdict(args).items():
         least = 1 if name in sizes else 0
         if type(value) in (int, float) and not least <= value < math.inf:
-            raise UserError(f"--{name} {value}: must be at least {least}, and finite")
-    if config.seed >= 2**32:
-        raise UserError(f"--seed {config.seed}: must be less than 2**32")
-    if 0 < config.temperature < 0.01:
-        raise UserError(f"--temperature {config.temperature}: must be 0, or at least 0.01")
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"--top_p {config.top_p}: must be more than 0, and at most 1")
-    if config.prompt == "-" and not config.sample_only:
-        raise UserError("--prompt -: reads standard input, which only --sample_only does")
-    for name in SHAPE if config.init_from != "scratch" and not config.resume else []:
-        if getattr(config, name) != getattr(usual_config(config), name):
-            raise UserError(f"--{name}: the weights of --init_from bring their own; leave it away")
-    if config.sample_only:
+            raise UserError(f"--{name} {value}: it must be at least {least}, and finite")
+    if args.seed >= 2**32:
+        raise UserError(f"--seed {args.seed}: it must be less than 2**32")
+    if 0 < args.temperature < 0.01:
+        raise UserError(f"--temperature {args.temperature}: it must be 0, or at least 0.01")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p {args.top_p}: it must be more than 0, and at most 1")
+    if args.prompt == "-" and not args.sample_only:
+        raise UserError("--prompt -: only --sample_only reads prompts from standard input")
+
+
+def check_network(args):
+    """UserError if the network cannot be made."""
+    if args.resume:
+        return  # it was made before
+    if args.init_from != "scratch":
+        for name in () if args.demo else NETWORK:  # --demo itself sets some of these
+            if getattr(args, name) != getattr(Args, name):
+                what = f"--{name}: the weights of --init_from have a shape of their own"
+                raise UserError(f"{what}; omit --{name}")
         return
-    if Path(config.out_dir).exists() and not Path(config.out_dir).is_dir():
-        raise UserError(f"--out_dir {config.out_dir}: is a file; name a directory")
-    log = Path(config.out_dir) / "log.txt"
-    if not config.resume and log.exists() and log.stat().st_size:
-        raise UserError(f"{config.out_dir} holds a run; add --resume, or choose another --out_dir")
-    if config.overfit_one_batch and config.batch_ramp_steps:
-        raise UserError("--overfit_one_batch: one batch does not grow; give no --batch_ramp_steps")
-    B = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
-    factors = [*[8] * (config.batch_ramp_steps > 0), B, config.seq_len, world_size]
-    if config.total_batch_size % math.prod(factors):
-        names = "8 (--batch_ramp_steps) x " if len(factors) == 4 else ""
-        names += "micro_batch_size x seq_len x processes = " + " x ".join(map(str, factors))
-        why = f"is not a multiple of {names} = {math.prod(factors)}; change one of them"
-        raise UserError(f"--total_batch_size {config.total_batch_size} {why}")
+    shape = {name: getattr(args, name) or size for name, size in SIZES[args.model].items()}
+    if shape["n_embd"] % shape["n_head"]:
+        what = "--n_embd {n_embd} is not a multiple of --n_head {n_head}".format(**shape)
+        raise UserError(f"{what}; change one of them")
+    if args.block_size and args.seq_len > args.block_size:
+        what = f"--seq_len {args.seq_len}: the model's context has {args.block_size} tokens"
+        raise UserError(f"{what}; choose a smaller --seq_len")
+    C, n_layer = shape["n_embd"], shape["n_layer"]
+    size = 4 * C * (12 * C * n_layer + args.vocab_size)  # bytes
+    hellaswag.check_memory(size + 20_000 * n_layer, "--n_layer, --n_embd")  # with Python's objects
 
 
-def sample(config, checkpoint):
-    """--sample_only."""
-    check(config, 1)
-    device = pick_device(config.device)
-    dtype = getattr(torch, pick_dtype(config.dtype, device))
-    model = build_model(config, checkpoint).to(device)
+def check_batch(args, world_size):
+    """UserError if the batch cannot be divided among processes and micro-batches."""
+    if args.overfit_one_batch and args.batch_ramp_steps:
+        raise UserError("--overfit_one_batch: one batch cannot grow; omit --batch_ramp_steps")
+    B = 1 if args.micro_batch_size == "auto" else args.micro_batch_size
+    factors = {"micro_batch_size": B, "seq_len": args.seq_len, "processes": world_size}
+    if args.batch_ramp_steps:
+        factors = {"8 (--batch_ramp_steps)": 8, **factors}
+    product = math.prod(factors.values())
+    if args.total_batch_size % product:
+        numbers = " x ".join(map(str, factors.values()))
+        what = f"is not a multiple of {' x '.join(factors)} = {numbers} = {product}"
+        raise UserError(f"--total_batch_size {args.total_batch_size} {what}; change one of them")
+
+
+def check_folders(args):
+    """UserError if there is not enough data, or if out_dir is not usable."""
+    out_dir = Path(args.out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"--out_dir {out_dir} is a file; choose a directory")
+    log = out_dir / "log.txt"
+    if not args.resume and log.exists() and log.stat().st_size:
+        raise UserError(f"{out_dir} holds a run; add --resume, or choose another --out_dir")
+    for split in ("train", "val") if args.val_every else ("train",):
+        n = len(fineweb.open_tokens(args.data_dir, split))
+        if n <= args.seq_len:
+            what = f"{args.data_dir}: its {split} shards hold {n} tokens, too few for"
+            raise UserError(f"{what} --seq_len {args.seq_len}; choose a smaller one, or more text")
+    if args.val_every and args.val_tokens < args.seq_len:
+        what = f"--val_tokens {args.val_tokens} is less than one sequence"
+        raise UserError(f"{what}; give at least --seq_len, {args.seq_len}")
+
+
+def sample(args, checkpoint):
+    """--sample_only: print samples of the checkpoint or of --init_from."""
+    check_values(args)
+    check_network(args)
+    if args.init_from == "scratch" and not checkpoint:
+        what = "--sample_only needs weights"
+        raise UserError(f"{what}; add --init_from gpt2, or --init_from with a checkpoint's folder")
+    device = pick_device(args.device)
+    dtype = getattr(torch, pick_dtype(args.dtype, device))
+    model = build_model(args, checkpoint).to(device)
     if model.config.vocab_size < VOCAB_SIZE:
-        raise UserError("--sample_only: the model has not GPT-2's tokens; give another --init_from")
+        what = "--sample_only: the model was not trained on GPT-2's tokens"
+        raise UserError(f"{what}; choose another --init_from")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    lines = sys.stdin if config.prompt == "-" else [config.prompt]
-    for line in lines:
-        print_samples(model, replace(config, prompt=line.rstrip("\n")), autocast)
+    for line in sys.stdin if args.prompt == "-" else [args.prompt]:
+        print_samples(model, replace(args, prompt=line.rstrip("\n")), autocast, seed=args.seed)
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_environment():
+    """Make torchrun's variables usable: an empty one counts as missing, and without RANK there is
+    one process. UserError if RANK is set but the others are missing or wrong."""
+    for name in (*TORCHRUN, "LOCAL_WORLD_SIZE"):
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)
+    if "RANK" not in os.environ:
+        for name in (*TORCHRUN, "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        return
+    remedy = "start several processes with torchrun, or unset RANK to train with one"
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set, but {', '.join(missing)} is not; {remedy}")
+    numbers = [name for name in TORCHRUN if name != "MASTER_ADDR"]
+    wrong = [name for name in numbers if not os.environ[name].strip().isdecimal()]
+    if wrong:
+        raise UserError(f"{wrong[0]}={os.environ[wrong[0]]} is not a number; {remedy}")
+
+
+def check_device(name):
+    """UserError if --device does not exist, or if it has fewer GPUs than there are processes."""
+    exists = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if not exists.get(name, True):
+        raise UserError(f"--device {name}: this machine has none; --device auto uses what it has")
+    processes = int(os.environ.get("LOCAL_RANK", 0)) + 1
+    # Slurm may show each process only its own GPU; torchrun shows all GPUs to all processes.
+    gpus = torch.cuda.device_count()
+    if pick_device(name).type == "cuda" and processes > gpus:
+        if gpus > 1 or dist.is_torchelastic_launched():
+            what = f"--nproc_per_node: this machine has {gpus} GPU(s)"
+            raise UserError(f"{what}; start at most {gpus} processes on it")
+
+
+def prepare_process():
+    """Settings of PyTorch that have to be made before it is used."""
+    # CUDA: let blocks of memory grow, so that less is lost between them. WSL cannot do this
+    # (pytorch issue 192330).
+    if sys.platform == "linux" and "microsoft" not in platform.release():
+        if not any("ALLOC_CONF" in name for name in os.environ):
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    # torchrun allows each process one thread, but lets each start a compiler on every core.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = max(1, fineweb.available_cores() // processes)
+    if processes > 1 or cores < torch.get_num_threads():
+        torch.set_num_threads(cores)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores)))
 
 
 def explain(error):
     """What the user can do about an error that their files, memory or machine caused, in one
-    sentence; None for a fault of this program, which deserves a traceback."""
-    from torch._dynamo.exc import BackendCompilerFailed  # slow to import
-    from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
-
-    chain = [error]
-    while cause := getattr(chain[-1], "inner_exception", None) or chain[-1].__cause__:
-        chain.append(cause)
-    text = " ".join(str(chain[-1]).split())[:200]
+    sentence. None for a bug in this program, which gets a traceback."""
     if isinstance(error, UserError):
         return str(error)
-    no_room = ("out of memory", "can't allocate", "ALLOC_FAILED")  # CUDA and MPS, CPU, cuBLAS
-    if isinstance(chain[-1], MemoryError) or any(words in text for words in no_room):
-        return "out of memory; give a smaller --micro_batch_size, the batch stays the same"
-    if isinstance(error, (BackendCompilerFailed, GPUTooOldForTriton, TritonMissing)):
-        return f"torch.compile cannot work here ({text}); add --no-compile"
-    if isinstance(chain[-1], OSError):
-        return f"{chain[-1].filename}: {chain[-1].strerror}; look at that folder and its disk"
+    text = innermost_cause(error)
+    no_memory = ("out of memory", "can't allocate", "ALLOC_FAILED")  # CUDA and MPS, CPU, cuBLAS
+    if isinstance(error, MemoryError) or any(words in text for words in no_memory):
+        return "out of memory; choose a smaller --micro_batch_size, which leaves the batch as it is"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile does not work here ({text}); add --no-compile"
+    if isinstance(error, dist.DistError):
+        return f"the processes cannot reach each other ({text}); start all of them with torchrun"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; check that folder and its disk"
 
 
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what a terminal cannot show is replaced
+        if hasattr(stream, "reconfigure"):  # replace what a terminal cannot show
             stream.reconfigure(errors="replace")
-    received.clear()
+    stop_signals.clear()
+    argv = sys.argv[1:] if argv is None else argv
+    old_launcher = ("--local-rank=", "--local_rank=")  # torch.distributed.launch adds this flag
+    argv = [flag for flag in argv if not flag.startswith(old_launcher)]
     try:
-        config, checkpoint = parse(sys.argv[1:] if argv is None else argv)
-        if config.sample_only:
-            sample(config, checkpoint)
+        check_environment()
+        prepare_process()
+        args, checkpoint = parse(argv)
+        check_device(args.device)
+        if args.sample_only:
+            sample(args, checkpoint)
         else:
-            train(config, checkpoint)
+            train(args, checkpoint)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        if (sentence := explain(error)) is None:
+        sentence = explain(error)
+        if sentence is None:
             raise
-        if int(os.environ.get("RANK", 0)):  # the first process speaks, and torchrun then sends
-            time.sleep(3)  # a signal here; what only this process knows, it says
-        sys.exit(1 if received else f"train_gpt2.py: {sentence}")
-    if received:  # as shells have it
-        sys.exit(128 + received[0])
+        fail(sentence)
+    if stop_signals:
+        sys.exit(128 + stop_signals[0])  # as shells do
+
+
+def fail(sentence):
+    """Print a sentence and exit with status 2, which tells a shell loop not to try again. All
+    processes may fail alike; rank 0 speaks first, and torchrun then ends the others by a signal."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(3)
+    if int(os.environ.get("RANK", 0)) == 0 or not stop_signals:
+        with suppress(OSError, ValueError):
+            print(f"train_gpt2.py: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
