@@ -1,5 +1,6 @@
-// A CUDA device that only pretends, for PyTorch's CPU build: autograd, autocast and fused AdamW then
-// run on FAKE cuda tensors; no kernel ever runs. To be loaded before `import torch`.
+// A CUDA device that only pretends: autograd, autocast and fused AdamW then run on FAKE cuda tensors;
+// no kernel ever runs. To be loaded before `import torch`. A CUDA build of PyTorch brings hooks and a
+// guard of its own: these hooks are preferred to them, and pretend() puts this guard in their place.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -11,7 +12,7 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, getDevice()); }
 };
 
-struct CUDAHooks final : at::CUDAHooksInterface {  // the registry looks for this very name
+struct CUDAHooks final : at::CUDAHooksInterface {
   explicit CUDAHooks(at::CUDAHooksArgs) {}
   void init() const override {}
   bool isBuilt() const override { return true; }
@@ -23,7 +24,10 @@ struct CUDAHooks final : at::CUDAHooksInterface {  // the registry looks for thi
   DeviceIndex getCurrentDevice() const override { return 0; }
 };
 
-namespace at {
-REGISTER_CUDA_HOOKS(CUDAHooks)
+namespace at {  // the registry looks for this very name
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 }
-static c10::impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, new Guard());
+
+extern "C" void pretend() {
+  c10::impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, new Guard());
+}

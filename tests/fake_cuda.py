@@ -2,7 +2,7 @@
 device that only pretends. They have shapes, dtypes and a device, but no numbers: whatever would
 wait for one, as .item() does, raises.
 
-    python tests/fake_cuda.py fake_cuda.so  # made of fake_cuda.cpp, for a CPU build of PyTorch
+    python tests/fake_cuda.py fake_cuda.so  # made of fake_cuda.cpp; where there is no GPU
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import sys
 import weakref
 from pathlib import Path
 
-ctypes.CDLL(sys.argv[1])  # before torch
+library = ctypes.CDLL(sys.argv[1])  # before torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import hellaswag  # noqa: E402
 import train_gpt2 as T  # noqa: E402
 
+library.pretend()
 common.amp_definitely_not_available = lambda: False
 torch.cuda.is_bf16_supported = lambda including_emulation=True: True
 DEVICE = torch.device("cuda", 0)

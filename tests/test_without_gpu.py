@@ -196,7 +196,7 @@ def test_a_node_without_the_checkpoint_is_refused_before_the_first_step(tmp_path
 CXX = shutil.which("c++") or shutil.which("g++")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for a CPU build of PyTorch")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is a GPU")
 @pytest.mark.skipif(not CXX, reason="needs a C++ compiler")
 def test_fake_cuda_tensors(tmp_path):
     """A step never waits for the device; attention under a mask keeps away from cuDNN; `auto` takes
