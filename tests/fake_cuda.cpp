@@ -1,6 +1,7 @@
-// A CUDA device that only pretends: autograd, autocast and fused AdamW then run on FAKE cuda tensors;
-// no kernel ever runs. To be loaded before `import torch`. A CUDA build of PyTorch brings hooks and a
-// guard of its own: these hooks are preferred to them, and pretend() puts this guard in their place.
+// A pretended CUDA device. With it, autograd, autocast and fused AdamW run on fake CUDA tensors; no
+// kernel ever runs. Load it before `import torch`, and call pretend() after it. A CUDA build of
+// PyTorch registers its own hooks and its own guard: these hooks have a higher priority, and
+// pretend() replaces the guard.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

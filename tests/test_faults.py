@@ -221,7 +221,7 @@ def test_not_enough_memory(base, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written(base, tmp_path, monkeypatch):
-    """T6: read-only, for root as well; the folder is made first, and the lock is the first file."""
+    """T6: a read-only file system, also for root; a folder without permission, for all others."""
     closed = tmp_path / "closed"
     closed.mkdir()
 
@@ -245,17 +245,18 @@ def test_a_folder_that_cannot_be_written(base, tmp_path, monkeypatch):
     assert not any(closed.iterdir())
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_no_room_for_the_log(base, tmp_path, monkeypatch):
-    """T18: a disk is full from step 3 on, or a file ends amid a line; all before that is whole."""
+    """T18: the disk is full from step 3 on; or log.txt is cut within a line. All complete records
+    before that stay."""
     shards, out, _ = base
     write = train_gpt2.Log.write
 
-    def fills_up(log, step, **values):
+    def fills_up(log, step, *args, **kwargs):
         if step == 3:
             with open("/dev/full", "w") as full:
                 os.dup2(full.fileno(), log.file.fileno())
-        write(log, step, **values)
+        write(log, step, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt2.Log, "write", fills_up)

@@ -101,10 +101,10 @@ def test_a_choice_that_is_odd_is_said(shards, tmp_path):
 
 @pytest.mark.parametrize("room", [1_000_000, 12_000_000, None])
 def test_a_full_disk(base, tmp_path, monkeypatch, room):
-    """Step 8 cannot be written. A file ends after 1 MB, amid the weights (6 MB), or after 12, amid
-    the training state (20): by a limit, as a disk that is full needs root. Or fsync finds no room
-    for what was written, as on some file systems. Step 4 and the log stay whole; when there is
-    room, the run goes on as if nothing had been."""
+    """The checkpoint of step 8 cannot be written. A limit on the size of files, set without root,
+    stops the weights (6 MB) after 1 MB, or the training state (20 MB) after 12. Or fsync finds no
+    room for what was written, as on some file systems. The checkpoint of step 4 and the log stay
+    complete. Once there is room, --resume ends with the same weights and log."""
     _, out, _ = base
     full, weights = tmp_path / "full", "step_00008/model.safetensors"
     shutil.copytree(out, full, ignore=shutil.ignore_patterns("step_00008"))
