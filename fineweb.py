@@ -604,7 +604,7 @@ def find_files(config, begun):
 def hub_files(config):
     """The commit of a hub data set, and the paths of the files of its training split."""
     remedy = "without a network, give the path of parquet files"
-    with as_user_error(f"{config.source} is no local path, and the hub does not give it", remedy):
+    with as_user_error(f"{config.source} is not a local path, and the hub does not give it", remedy):
         from datasets import load_dataset_builder
         from huggingface_hub import HfApi
 
@@ -685,10 +685,10 @@ def walk(top, excluded):
 
 def mention_other_types(source, paths):
     if paths:
-        types = Counter(os.path.splitext(path)[1] or "no suffix" for path in paths)
-        common = ", ".join(name for name, _ in types.most_common(3))
-        read = "only parquet, arrow, jsonl, json and txt are read"
-        say(f"{source}: {len(paths)} files of other types ({common}) are skipped; {read}")
+        suffixes = Counter(os.path.splitext(path)[1] or "without suffix" for path in paths)
+        found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4))
+        what = f"files of other types are skipped ({len(paths)}: {found})"
+        say(f"{source}: {what}; only parquet, arrow, jsonl, json and txt are read")
 
 
 def mention_held_out(base, paths):
@@ -696,11 +696,11 @@ def mention_held_out(base, paths):
     names = [os.path.relpath(path, base) for path in paths]
     held_out = [name for name in names if HELD_OUT.search(name)]
     if 0 < len(held_out) < len(names):
-        what = f"{base}: {len(held_out)} files named for validation or test, such as {held_out[0]},"
+        what = f"files named for validation or test, as {held_out[0]}, are read as training text"
         remedy = "move them elsewhere to omit them"
         if any(name.lower().startswith("train") for name in names):
             remedy = f"--source '{os.path.join(base, 'train*')}' omits them"
-        say(f"{what} are included as training text; {remedy}")
+        say(f"{base}: {what} ({len(held_out)} of {len(names)}); {remedy}")
 
 
 # Files -> chunks of texts ---------------------------------------------------------------------
@@ -828,7 +828,7 @@ def parse_lines(path, column, first_number, lines):
     texts = []
     for number, line in enumerate(lines, first_number):
         if line.strip():
-            with as_user_error(f"{path}, line {number} is no JSON object", "correct or delete it"):
+            with as_user_error(f"{path}, line {number} is not a JSON object", "correct or delete it"):
                 record = json.loads(line)
                 if not isinstance(record, dict):
                     raise ValueError(f"it begins with {line.decode().strip()[:60]}")
@@ -956,6 +956,10 @@ def tokenize_in_pool(chunks, pool, workers):
     except BrokenProcessPool as error:
         what = "--workers: a worker was killed, perhaps because memory ran out"
         raise UserError(f"{what}; give fewer") from error
+    except BaseException:  # the chunks in work are of no use any more
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
