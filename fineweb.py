@@ -8,10 +8,10 @@
 The shards in --out are `*_val_000000.npy`, then `*_train_000001.npy`, and so on. Each holds
 --shard_size token ids as uint16; the last one holds fewer. manifest.json says how they were made.
 
-A document is a row of a table, a line of JSON, or a txt file, in which lines of <|endoftext|>
-separate several. It becomes <|endoftext|> and its token ids. Documents keep the order of the source
-and may cross the borders of shards. The first shard is for validation; if one shard holds all the
-text, the first tenth of it is.
+A document is a row of a table, a line of JSON, or a txt file; lines of <|endoftext|> divide a txt
+file into several documents. Each becomes <|endoftext|> and its token ids. Documents stay in order
+and may continue in the next shard. Values that are null, empty or not text are skipped and counted.
+The first shard is for validation; if one shard holds all the text, the first tenth of it is.
 
 A shard is complete or absent, and its bytes do not depend on --workers. After Ctrl-C, kill -9 or a
 power cut the same command continues. Memory: one shard, and a few chunks for each worker.
@@ -26,7 +26,6 @@ The other scripts use these names of this file:
 """
 
 import bisect
-import functools
 import glob
 import hashlib
 import io
@@ -48,7 +47,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, redirect_stdout, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -96,7 +95,7 @@ def first_cause(error):
 def describe(error):
     """A few words such as "No space left on device" or "KeyError: 'text'"."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    # These two count from the beginning of a chunk, so they quote what they mean instead.
+    # These two count characters from the start of a chunk, so quote the place instead.
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8: {error.object[error.start :][:20]!r}"
     if isinstance(error, json.JSONDecodeError):
@@ -130,7 +129,7 @@ def say(text, stream="stdout"):
 
 
 class Progress:
-    """A progress bar on stderr. It is decoration: whatever goes wrong with it is ignored."""
+    """A progress bar on stderr. An error in it never ends the work."""
 
     def __init__(self, unit, done=0, total=None):
         self.done = done
@@ -141,7 +140,7 @@ class Progress:
             self.bar = tqdm(initial=done, total=total, **options)
 
     def update(self, amount, fraction=None):
-        """`fraction`: the part of all the work that is done, if it can be estimated."""
+        """`fraction`: an estimate of how much of the work is done, between 0 and 1."""
         self.done += amount
         with suppress(Exception):
             if fraction:
@@ -154,8 +153,8 @@ class Progress:
 
 
 def write_atomically(path, write):
-    """Make a file that is complete or absent, even after a power cut. `write` is called with a
-    binary file, which gets its name after all of it is on the disk."""
+    """Make a file that is complete or absent, even after a power cut. `write` receives a binary
+    file, which gets its name only when all of it is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     remedy = "complete shards stay, and the same command continues after them"
     with as_user_error(f"{path} cannot be written", remedy):
@@ -168,7 +167,7 @@ def write_atomically(path, write):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # the new name must reach the disk, too, where the system can do it
+        with suppress(OSError):  # where the system can, bring the new name to the disk as well
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -195,7 +194,7 @@ def vocabulary(name):
     return data.decode()
 
 
-@functools.cache
+@cache
 def tokenizer():
     """The tiktoken.Encoding that tiktoken.get_encoding("gpt2") gives, without its download."""
     from tiktoken_ext.openai_public import r50k_pat_str
@@ -214,7 +213,7 @@ def tokenizer():
     )
 
 
-@functools.cache
+@cache
 def fast_encoder():
     """A function from a text to its token ids: gigatoken's, which is many times as fast as
     tiktoken's, or tiktoken's where gigatoken is not installed."""
@@ -381,8 +380,7 @@ class Shard:
     sha256: str
 
     @classmethod
-    def measure(cls, path):
-        ids = open_shard(path)
+    def measure(cls, path, ids):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return cls(path.name, len(ids), path.stat().st_size, int(np.sum(ids == EOT)), digest)
@@ -483,11 +481,12 @@ class Manifest:
         for number, shard in enumerate(self.shards):
             path = Path(data_dir, shard.name)
             try:
-                found = asdict(Shard.measure(path))
+                ids = open_shard(path)
+                found = asdict(Shard.measure(path, ids))
                 wrong = [key for key, value in asdict(shard).items() if value != found[key]]
-                if open_shard(path).max() >= VOCAB_SIZE:
+                if ids.max() >= VOCAB_SIZE:
                     wrong.append("largest id")
-                if number == 0 and open_shard(path)[0] != EOT:
+                if number == 0 and ids[0] != EOT:
                     wrong.append("first id")
                 yield [f"{path}: wrong {key}" for key in wrong]
             except UserError as error:
@@ -552,13 +551,13 @@ def verify(data_dir):
 
 # Source -> files ------------------------------------------------------------------------------
 
-# What is not text below the folder or pattern in --source: hidden names, what other tools leave
-# there, and what the hub, datasets and this script write about data.
+# Names that are skipped in the folders of --source: hidden ones, those that other tools leave there,
+# and descriptions of data by the hub, by datasets and by this script.
 NOT_TEXT = re.compile(
     r"\.|~\$|(__MACOSX|__pycache__|_temporary|_delta_log|@eaDir)$|cache-[0-9a-f]+\.arrow$"
     r"|(manifest(_\d+)?|dataset_infos?|dataset_dict|state)\.json$"
 )
-FILE_TYPES = {  # by suffix; .gz or .zst may follow that of JSON or txt
+FILE_TYPES = {  # by suffix; JSON and txt files may also end in .gz or .zst
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".jsonl": "json",
@@ -576,15 +575,13 @@ def file_type(path):
 
 def find_files(config, begun):
     """The commit of a hub data set, or None, and the paths of this rank's files. `begun` is the
-    manifest of the run to continue, or None."""
+    manifest of an earlier run, or None."""
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source)
+    same_source = begun is not None and begun.source == [config.source, config.name]
     if os.path.exists(config.source) or not is_hub_name:
-        revision, paths = None, local_files(config.source, config.out)
-    elif (
-        begun
-        and begun.source == [config.source, config.name]
-        and config.revision in (None, begun.revision)
-    ):
+        revision = None
+        paths = local_files(config.source, config.out)
+    elif same_source and config.revision in (None, begun.revision):
         return begun.revision, begun.files  # even if the hub has a newer version by now
     else:
         revision, paths = hub_files(config)
@@ -593,18 +590,18 @@ def find_files(config, begun):
         remedy = "give parquet, arrow, jsonl or txt files"
         raise UserError(f"{config.source} has no files of text; {remedy}")
     if len(types) > 1:
-        remedy = f"choose one of these types, as --source 'FOLDER/**/*.{types[0]}' does"
+        remedy = f"choose one of these types, as --source 'FOLDER/**/*.{types[0]}*' does"
         raise UserError(f"{config.source} has files of several types, {', '.join(types)}; {remedy}")
     if len(paths) < config.world_size:
-        found = f"{len(paths)} files for {config.world_size} ranks"
-        raise UserError(f"{config.source} has {found}; give each rank at least one")
+        found = f"fewer files ({len(paths)}) than --world_size {config.world_size}"
+        raise UserError(f"{config.source} has {found}; give a smaller --world_size")
     return revision, paths[config.rank :: config.world_size]
 
 
 def hub_files(config):
     """The commit of a hub data set, and the paths of the files of its training split."""
-    remedy = "without a network, give the path of parquet files"
-    with as_user_error(f"{config.source} is not a local path, and the hub does not give it", remedy):
+    what = f"{config.source} is not a local path, and the hub does not give it"
+    with as_user_error(what, "without a network, give the path of parquet files"):
         from datasets import load_dataset_builder
         from huggingface_hub import HfApi
 
@@ -619,14 +616,14 @@ def local_files(source, out):
     """The paths of the data files that `source` names: a file, a folder with all that is below it,
     or a pattern such as books/*.txt or books/**/*.txt. Case is ignored, links are followed, each
     real file counts once, and what lies in `out` does not count."""
-    parts = Path(source).parts
-    first = len(parts)  # the first part that is a pattern
-    if not os.path.exists(source):
-        first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    base = str(Path(*parts[:first]))
-    pattern = list(parts[first:])
+    base = Path(source)
+    pattern = []
+    while glob.has_magic(str(base)) and not base.exists():  # move parts to the pattern
+        pattern.insert(0, base.name)
+        base = base.parent
+    base = str(base)
     while pattern and pattern[-1] == "**":
-        pattern.pop()  # it says the same as the folder before it
+        pattern.pop()  # a folder means everything below it anyway
     with reading(base):
         excluded = {os.path.realpath(out)} - {os.path.realpath(base, strict=True)}
     found = {}  # the path of each real file
@@ -675,7 +672,7 @@ def walk(top, excluded):
     for folder, folders, names in os.walk(top, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
         if real in closed[folder]:
-            folders.clear()
+            folders.clear()  # os.walk then enters none of them
             continue
         folders[:] = sorted(name for name in folders if not NOT_TEXT.match(name))
         for name in folders:
@@ -696,26 +693,28 @@ def mention_held_out(base, paths):
     names = [os.path.relpath(path, base) for path in paths]
     held_out = [name for name in names if HELD_OUT.search(name)]
     if 0 < len(held_out) < len(names):
-        what = f"files named for validation or test, as {held_out[0]}, are read as training text"
+        what = "files named for validation or test are included as training text"
+        what += f", such as {held_out[0]} ({len(held_out)} of {len(names)} files)"
         remedy = "move them elsewhere to omit them"
         if any(name.lower().startswith("train") for name in names):
             remedy = f"--source '{os.path.join(base, 'train*')}' omits them"
-        say(f"{base}: {what} ({len(held_out)} of {len(names)}); {remedy}")
+        say(f"{base}: {what}; {remedy}")
 
 
 # Files -> chunks of texts ---------------------------------------------------------------------
 #
-# pyarrow reads the files, because of datasets' own readers the one for JSON puts quotes around all
-# texts near a number, and the one for Parquet fetches a file's footer again for each row group.
-# Files on the hub are streamed, and not stored.
+# pyarrow reads the files, because datasets' own readers have faults here: the one for JSON puts
+# quotes around all texts near a number, and the one for Parquet fetches the footer of a file again
+# for each row group. Files on the hub are streamed, not stored.
 
 CHUNK_SIZE = 1 << 22  # bytes of JSON, or characters of a txt file, in a chunk
 LARGE_ROW_GROUP = 64 << 20  # bytes; a larger row group of Parquet is split into chunks
 CHUNK_ROWS = 1000  # rows in a chunk of such a row group, or of an Arrow file
 
-# A txt file is cut into chunks where GPT-2's tokenizer begins a word in any case, so that the ids
-# are those of the uncut text: before white space that follows anything else, and before punctuation
-# that follows a letter or digit. A line that separates documents is not cut off from its end.
+# A txt file is cut into chunks only where GPT-2's tokenizer always begins a new word, so that the
+# ids are those of the uncut text. That is before white space that follows another character, and
+# before punctuation that follows a letter or digit. But a <|endoftext|> is not cut from the end of
+# its line, because SEPARATOR must see both.
 CUT = re.compile(r"\S(?=[ \t\r\n])(?<!<\|endoftext\|>)|[^\W_](?=[,.;:!?、。，！？])")
 SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*(?:\r?\n|\Z)", re.M)
 
@@ -724,16 +723,16 @@ SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*(?:\r?\n|\Z)", re.M)
 class Chunk:
     """A part of a source file. The worker that tokenizes it calls `load` for its texts."""
 
-    file: int  # its position in the list of source files
-    number: int  # its position in the file
+    file: int  # the index of its file among the source files
+    number: int  # its own index in that file
     path: str
     load: Callable[[], list]
-    continues: bool = False  # whether its first text continues the last document of the one before
+    continues: bool = False  # whether its first text belongs to the last document before it
 
 
 def list_chunks(paths, column, start):
-    """Yields the Chunks of all files from `start` on, a list [file, chunk, ...]."""
-    readers = {
+    """Yields the Chunks of all files, beginning at `start`, a list [file, chunk in it, ...]."""
+    readers = {  # each yields the `load` functions of one file's chunks
         "parquet": parquet_chunks,
         "arrow": arrow_chunks,
         "json": json_chunks,
@@ -764,15 +763,16 @@ def read_row_group(path, column, number):
     return file.read_row_group(number, [column], use_threads=False)[0].to_pylist()
 
 
-@functools.lru_cache(maxsize=1)  # kept open for its next row group
+@lru_cache(maxsize=1)
 def open_parquet(path, column):
+    """A ParquetFile, which stays open for its next row group."""
     from pyarrow.parquet import ParquetFile
 
     source = path
     if path.startswith("hf://"):
         from huggingface_hub import HfFileSystem
 
-        # By default it would read 5 MB ahead, which are for other workers.
+        # Without this it reads 5 MB ahead, which other workers need, but not this one.
         source = HfFileSystem().open(path, cache_type="none")
     file = ParquetFile(source)
     check_column(path, column, file.schema_arrow)
@@ -795,7 +795,8 @@ def open_stream(path):
     """A binary file of local or hub data, decompressed."""
     from pyarrow import fs
 
-    system, name = fs.LocalFileSystem(), path
+    system = fs.LocalFileSystem()
+    name = path
     if path.startswith("hf://"):
         system, name = fs.FileSystem.from_uri(path)
     compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
@@ -806,7 +807,7 @@ def arrow_chunks(path, column):
     from pyarrow import ipc
 
     with open_stream(path) as file:
-        if file.peek(6)[:6] == b"ARROW1":  # then Arrow's stream format follows, as in other files
+        if file.peek(6)[:6] == b"ARROW1":  # Arrow's file format: these 8 bytes, then a stream
             file.read(8)
         batches = ipc.open_stream(file)
         check_column(path, column, batches.schema)
@@ -824,15 +825,16 @@ def json_chunks(path, column):
 
 
 def parse_lines(path, column, first_number, lines):
-    """The texts of lines of JSON."""
+    """The texts of some lines of JSON. Blank lines hold none."""
     texts = []
     for number, line in enumerate(lines, first_number):
-        if line.strip():
-            with as_user_error(f"{path}, line {number} is not a JSON object", "correct or delete it"):
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError(f"it begins with {line.decode().strip()[:60]}")
-                texts.append(record.get(column))
+        if not line.strip():
+            continue
+        with as_user_error(f"{path}, line {number} is not a JSON object", "correct or delete it"):
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"it begins with {line.decode().strip()[:60]}")
+            texts.append(record.get(column))
     return texts
 
 
@@ -843,7 +845,7 @@ def txt_chunks(path, column):
         while block := stream.read(CHUNK_SIZE):
             start = len(text)
             text += block
-            cut = CUT.search(text, start) if start else None
+            cut = CUT.search(text, start) if start > 0 else None
             if cut:
                 yield partial(split_documents, text[: cut.end()])
                 text = text[cut.end() :]
@@ -876,7 +878,7 @@ def available_cores():
 def tokenize(chunk):
     """The token ids of a chunk, (n,) uint16, and a Counter of its skipped texts, by reason."""
     if next(chunk_count) % 64 == 0:
-        fast_encoder.cache_clear()  # gigatoken remembers all words, which would fill the memory
+        fast_encoder.cache_clear()  # gigatoken remembers all words, which would fill memory
     documents = []
     skipped = Counter()
     pieces = [np.empty(0, np.uint16)]
@@ -916,7 +918,7 @@ def tokenize_all(chunks, workers):
 def start_pool(workers):
     """A pool with its processes started, or None where the system does not allow that, as in a
     container without /dev/shm."""
-    # The processes inherit that Ctrl-C is ignored. It is for the main process alone.
+    # The processes inherit that Ctrl-C is ignored, because the main process handles it for all.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
@@ -943,7 +945,7 @@ def tokenize_in_pool(chunks, pool, workers):
     try:
         with interrupt_between_chunks() as interrupted:
             while True:
-                # Each worker has one chunk in work and one waiting. This bounds the memory.
+                # Memory stays bounded: each worker has one chunk in work and one that waits.
                 while len(pending) <= 2 * workers and (chunk := next(chunks, None)):
                     pending.append((chunk, pool.submit(tokenize, chunk)))
                 if not pending:
@@ -956,7 +958,7 @@ def tokenize_in_pool(chunks, pool, workers):
     except BrokenProcessPool as error:
         what = "--workers: a worker was killed, perhaps because memory ran out"
         raise UserError(f"{what}; give fewer") from error
-    except BaseException:  # the chunks in work are of no use any more
+    except BaseException:  # nobody waits for the chunks in work any more
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise
@@ -966,8 +968,8 @@ def tokenize_in_pool(chunks, pool, workers):
 
 @contextmanager
 def interrupt_between_chunks():
-    """Inside, the first Ctrl-C only sets the Event that is given: an exception in the middle of the
-    pool's own work could leave one of its locks closed. A second Ctrl-C acts at once."""
+    """Within it the first Ctrl-C only sets the Event that it yields, because an exception in the
+    middle of the pool's code could leave a lock closed for ever. A second Ctrl-C acts at once."""
     handler = signal.getsignal(signal.SIGINT)
     interrupted = threading.Event()
 
@@ -1061,7 +1063,7 @@ class ShardWriter:
         else:
             header = np.array([*BIN_HEADER, len(ids), *[0] * 253], "<i4")
             write_atomically(path, lambda file: file.writelines([header, ids]))
-        self.manifest.shards.append(Shard.measure(path))
+        self.manifest.shards.append(Shard.measure(path, ids))
 
 
 def check_ranges(config):
