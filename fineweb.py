@@ -373,6 +373,8 @@ def from_json(cls, entries):
 
 @dataclass
 class Shard:
+    """What a manifest records of one shard."""
+
     name: str
     tokens: int
     bytes: int
@@ -551,8 +553,8 @@ def verify(data_dir):
 
 # Source -> files ------------------------------------------------------------------------------
 
-# Names that are skipped in the folders of --source: hidden ones, those that other tools leave there,
-# and descriptions of data by the hub, by datasets and by this script.
+# Names that are skipped in the folders of --source: hidden ones, those that other tools leave
+# there, and descriptions of data by the hub, by datasets and by this script.
 NOT_TEXT = re.compile(
     r"\.|~\$|(__MACOSX|__pycache__|_temporary|_delta_log|@eaDir)$|cache-[0-9a-f]+\.arrow$"
     r"|(manifest(_\d+)?|dataset_infos?|dataset_dict|state)\.json$"
@@ -568,7 +570,7 @@ HELD_OUT = re.compile(r"(^|[^a-z])(val|valid|validation|dev|test|eval)([^a-z]|$)
 
 
 def file_type(path):
-    """One of FILE_TYPES, or None for a file that is not read."""
+    """"parquet", "arrow", "json" or "txt"; None for a file that is not read."""
     name = re.sub(r"\.(gz|zst)$", "", str(path).lower())
     return FILE_TYPES.get(os.path.splitext(name)[1])
 
@@ -668,15 +670,15 @@ def walk(top, excluded):
         with reading(error.filename):
             raise error
 
-    closed = {top: excluded}  # for each folder, the real paths that are not entered below it
+    not_entered = {top: excluded}  # for each folder: real paths that are skipped below it
     for folder, folders, names in os.walk(top, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
-        if real in closed[folder]:
+        if real in not_entered[folder]:
             folders.clear()  # os.walk then enters none of them
             continue
         folders[:] = sorted(name for name in folders if not NOT_TEXT.match(name))
         for name in folders:
-            closed[os.path.join(folder, name)] = closed[folder] | {real}
+            not_entered[os.path.join(folder, name)] = not_entered[folder] | {real}
         yield folder, sorted(name for name in names if not NOT_TEXT.match(name))
 
 
@@ -1015,14 +1017,14 @@ class ShardWriter:
         with as_user_error("--shard_size is too large for this machine", "give less"):
             self.buffer = np.empty(manifest.shard_size, np.uint16)
         self.filled = 0  # tokens in the buffer
-        self.known = manifest.consumed[2]  # tokens that will come, but are in earlier shards
+        self.tokens_to_skip = manifest.consumed[2]  # earlier shards hold these already
         self.manifest = manifest
         self.out = out
 
     def add(self, chunk, ids, skipped):
         """Take the results of the next chunk. Returns the number of tokens that are new."""
-        used = min(self.known, len(ids))
-        self.known -= used
+        used = min(self.tokens_to_skip, len(ids))
+        self.tokens_to_skip -= used
         new = len(ids) - used
         while used < len(ids):
             # A full shard waits for one more token, which shows that it does not hold all the text.
@@ -1132,8 +1134,8 @@ def build(config):
 
 
 def advise_shard_size(out):
-    """Say so if one shard for validation is a large part of all tokens, which happens where little
-    text meets a large --shard_size."""
+    """Say so if the validation shard holds a large part of all tokens, because --shard_size is
+    large compared with the text."""
     manifests = read_manifests(out)
     if sum(manifest.complete for manifest in manifests) < manifests[0].world_size:
         return
@@ -1186,14 +1188,15 @@ def build_demo(out):
 
 
 def slurm_part():
-    """The rank and world size of this process in a Slurm array: its tasks share the work. (0, 1)
-    outside of an array, and where a part of Slurm's variables is missing."""
+    """The rank and world size of this process in a Slurm array, whose tasks share the work. They
+    are 0 and 1 outside of an array, and where ID, MIN or COUNT is missing or not a number."""
     values = [os.environ.get(f"SLURM_ARRAY_TASK_{key}", "") for key in ("ID", "MIN", "COUNT")]
+    step = os.environ.get("SLURM_ARRAY_TASK_STEP") or 1  # 2 in --array=0-14:2
     try:
         task, first, count = map(int, values)
+        return (task - first) // max(1, int(step)), count
     except ValueError:
         return 0, 1
-    return task - first, count
 
 
 def refuse_expanded_pattern(argv):
@@ -1203,11 +1206,12 @@ def refuse_expanded_pattern(argv):
     after = argv[argv.index("--source") + 1 :]
     names = list(itertools.takewhile(lambda arg: not arg.startswith("-"), after))
     if len(names) > 1:
-        folders = {os.path.dirname(name) for name in names}
+        folders = {os.path.join(os.path.dirname(name), "") for name in names}
         suffixes = {os.path.splitext(name)[1] for name in names}
-        folder = folders.pop() if len(folders) == 1 else os.path.commonpath(folders)
-        pattern = ("**/*" if folders else "*") + (suffixes.pop() if len(suffixes) == 1 else "")
-        pattern = os.path.join(folder, pattern)
+        common = os.path.dirname(os.path.commonprefix(list(folders)))
+        pattern = os.path.join(common, "*" if len(folders) == 1 else "**/*")
+        if len(suffixes) == 1:
+            pattern += suffixes.pop()
         what = f"--source takes one name, and the shell gave it {len(names)}"
         raise UserError(f"{what}; to give a pattern, quote it: --source '{pattern}'")
 

@@ -196,9 +196,11 @@ def test_a_wrong_fast_tokenizer_stops_the_run(tmp_path, monkeypatch):
     def reversed_ids(text):
         return np.array(tokenizer().encode_ordinary(text)[::-1], np.uint32)
 
-    monkeypatch.setattr(fineweb, "fast_encoder", functools.cache(lambda: reversed_ids))
+    encoder = functools.cache(lambda: reversed_ids)
+    monkeypatch.setattr(fineweb, "fast_encoder", encoder)
     (tmp_path / "a.txt").write_text("one two three")
-    with pytest.raises(UserError, match="a.txt: .* differ on 'one two three'; .* please report it$"):
+    words = "a.txt: .* differ on 'one two three'; .* please report it$"
+    with pytest.raises(UserError, match=words):
         build(Config(source=str(tmp_path / "a.txt"), out=str(tmp_path / "out"), workers=0))
 
 
@@ -248,7 +250,7 @@ def test_script_spawns_workers_and_prints_a_summary(source, tmp_path):
     assert f"{total:,} tokens, 120 documents" in last_line(done.stdout)
 
 
-def test_every_kind_of_file(tmp_path):
+def test_every_type_of_file(tmp_path):
     lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode()
     (tmp_path / "x.jsonl").write_bytes(lines)
     members = [gzip.compress(lines[:5000]), gzip.compress(lines[5000:])]
@@ -541,9 +543,8 @@ def test_a_line_that_is_not_an_object_is_named(tmp_path, line):
     for before in ("", '{"text": "zero"}\n\n'):
         named(tmp_path / "x.jsonl", (before + line + "\n").encode())
         number = 1 + before.count("\n")
-        words = (
-            rf"x.jsonl, line {number} is not a JSON object \(it begins with {re.escape(line)}\); cor"
-        )
+        words = rf"x.jsonl, line {number} is not a JSON object "
+        words += rf"\(it begins with {re.escape(line)}\); correct"
         with pytest.raises(UserError, match=words):
             make(tmp_path / "x.jsonl", tmp_path / "out")
 
@@ -566,14 +567,13 @@ def test_a_damaged_manifest_is_one_sentence_wherever_it_is_read(source, made):
     path = made / "manifest.json"
     good = json.loads(path.read_text())
     good["shards"][0].pop("sha256")
+    words = "manifest.json is no manifest of .*; .* delete it$"
     for text in [*NOT_MANIFESTS, *(json.dumps(good | wrong) for wrong in [*WRONG_TYPES, {}])]:
         path.write_text(text)
-        for door in (verify, fineweb.describe_shards, lambda p: open_shards(p, "val")):
-            with pytest.raises(
-                UserError, match="manifest.json is no manifest of .*; .* delete it$"
-            ):
-                door(made)
-        with pytest.raises(UserError, match="manifest.json is no manifest of .*; .* delete it$"):
+        for function in (verify, fineweb.describe_shards, lambda p: open_shards(p, "val")):
+            with pytest.raises(UserError, match=words):
+                function(made)
+        with pytest.raises(UserError, match=words):
             make(source, made)
 
 
@@ -719,7 +719,7 @@ AWKWARD = {
 
 @pytest.mark.parametrize("case", AWKWARD)
 def test_a_txt_file_in_pieces_has_the_ids_of_the_uncut_text(tmp_path, monkeypatch, case):
-    monkeypatch.setattr(fineweb, "chunk_count", itertools.repeat(1))  # else the encoder is made again often
+    monkeypatch.setattr(fineweb, "chunk_count", itertools.repeat(1))  # keep the encoder
     for seed, size in enumerate((16, 64, 1000, 10**6)):
         text = AWKWARD[case](random.Random(seed))
         named(tmp_path / "x.txt", text.encode())
@@ -901,7 +901,7 @@ def test_a_large_part_for_validation_is_mentioned(tmp_path, capsys):
     words = f"a: 1,000 of {total:,} tokens are for validation; .* --shard_size {total // 10} "
     assert re.search(words, capsys.readouterr().out)
     make(tmp_path / "x.jsonl", tmp_path / "b", shard_size=total // 10)
-    make(tmp_path / "x.jsonl", tmp_path / "c", shard_size=10**6)  # one shard would do, so a tenth is for validation
+    make(tmp_path / "x.jsonl", tmp_path / "c", shard_size=10**6)  # a tenth, because one shard holds all
     assert "for validation" not in capsys.readouterr().out
     assert len(tokens_of(tmp_path / "b")[0]) == total // 10
     for rank in (0, 1):  # the last rank to finish knows the sum
@@ -1412,8 +1412,18 @@ def test_only_a_complete_set_of_slurms_variables_makes_a_part(monkeypatch, capsy
     said = "this process makes part 2 of 2, because it runs in a Slurm array; --rank 0 "
     said += "--world_size 1 makes all of it\n"
     assert capsys.readouterr().out == (said if config.world_size == 2 else "")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "1")
     config = fineweb.parse(["--rank", "0", "--world_size", "1"])  # the command line decides
     assert (config.rank, config.world_size) == (0, 1) and capsys.readouterr().out == ""
+
+
+def test_a_slurm_array_with_a_step_has_consecutive_parts(monkeypatch):
+    """As of --array=3-9:2."""
+    for key, value in {"MIN": "3", "COUNT": "4", "STEP": "2"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
+    for rank, task in enumerate(("3", "5", "7", "9")):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        assert fineweb.slurm_part() == (rank, 4)
 
 
 UNQUOTED = {  # what the shell makes of a pattern: what is to be quoted
@@ -1421,6 +1431,8 @@ UNQUOTED = {  # what the shell makes of a pattern: what is to be quoted
     "a.txt b.txt": "*.txt",
     "books/a.txt books/b.jsonl": "books/*",
     "books/a/x.txt books/b/x.txt": "books/**/*.txt",
+    "books/ab/x.txt books/abc/x.txt books/y.txt": "books/**/*.txt",
+    "a.txt /data/b.txt": "**/*.txt",
     "/data/1.parquet /data/2.parquet --out /data/shards": "/data/*.parquet",
 }
 
@@ -1459,7 +1471,8 @@ def test_as_user_error_quotes_the_first_cause():
     full, wrapped = OSError(28, "No space left"), RuntimeError("cannot save")
     assert quoted_cause(full) == "No space left"
     assert quoted_cause(ValueError("two\n  lines")) == "two lines"
-    assert quoted_cause(KeyError("a")) == "KeyError: 'a'" and quoted_cause(wrapped) == "RuntimeError: cannot save"
+    assert quoted_cause(KeyError("a")) == "KeyError: 'a'"
+    assert quoted_cause(wrapped) == "RuntimeError: cannot save"
     assert quoted_cause(RuntimeError(), __cause__=wrapped) == "RuntimeError: cannot save"
     wrapped.__context__ = full  # raised while the other was being handled
     assert quoted_cause(RuntimeError(), __cause__=wrapped) == "No space left"
