@@ -139,12 +139,14 @@ class Progress:
             options = {"unit": unit, "unit_scale": True, "mininterval": interval}
             self.bar = tqdm(initial=done, total=total, **options)
 
-    def update(self, amount, fraction=None):
-        """`fraction`: an estimate of how much of the work is done, between 0 and 1."""
+    def update(self, amount, fraction=None, **notes):
+        """`fraction`: an estimate of how much of the work is done, between 0 and 1. The bar shows
+        `notes` as well, such as shards=7."""
         self.done += amount
         with suppress(Exception):
             if fraction:
                 self.bar.total = int(self.done / fraction)
+            self.bar.set_postfix(notes, refresh=False)
             self.bar.update(amount)
 
     def close(self):
@@ -1119,7 +1121,8 @@ def build(config):
     with closing(Progress("tok", tokens_before)) as progress, closing(results):
         for chunk, (ids, skipped) in results:
             new = writer.add(chunk, ids, skipped)
-            progress.update(new, fraction=chunk.file / len(paths))
+            fraction = chunk.file / len(paths)
+            progress.update(new, fraction, shards=len(manifest.shards))
     if not manifest.shards and writer.filled == 0 and config.world_size == 1:
         what = f"{config.source} has no text in {config.text_column}"
         raise UserError(f"{what}; choose another column with --text_column")
