@@ -774,21 +774,24 @@ class CPUCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets):
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        w = weight.detach().to(dtype).requires_grad_(ctx.needs_input_grad[1])
-        d_x, d_weight, total = torch.zeros_like(x), torch.zeros_like(weight), 0.0
-        flat = x.flatten(0, 1), d_x.view(-1, x.size(-1)), targets.flatten()
-        for part, d_part, wanted in zip(*(t.split(CPUCrossEntropy.ROWS) for t in flat)):
-            part = part.detach().to(dtype).requires_grad_(w.requires_grad)
-            with torch.set_grad_enabled(w.requires_grad):
-                log_p = F.linear(part, w).log_softmax(-1, dtype=torch.float32)  # (ROWS, V)
-                loss = F.nll_loss(log_p, wanted, reduction="sum")
-            total += loss.detach()
-            if w.requires_grad:
-                d, d_w = torch.autograd.grad(loss, (part, w))
-                d_part.copy_(d)
-                d_weight += d_w
-        ctx.n = (targets != -100).sum()  # -100 is ignored, as by F.cross_entropy
-        ctx.save_for_backward(d_x, d_weight)
+        w = weight.to(dtype)
+        flat_x, flat_targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
+        d_x, d_weight, total = torch.zeros_like(flat_x), torch.zeros_like(weight), 0.0
+        counted = (flat_targets != -100).nonzero()[:, 0]  # F.cross_entropy ignores -100, too
+        for rows in counted.split(CPUCrossEntropy.ROWS):
+            part, wanted = flat_x[rows].to(dtype), flat_targets[rows]
+            log_p = F.linear(part, w).log_softmax(-1, dtype=torch.float32)  # (ROWS, V)
+            total += F.nll_loss(log_p, wanted, reduction="sum")
+            if ctx.needs_input_grad[1]:
+                # The gradient for the logits is their probabilities, minus 1 at the target.
+                d_logits = log_p.exp_()
+                d_logits[torch.arange(len(rows)), wanted] -= 1
+                del log_p  # so that the next line frees its memory
+                d_logits = d_logits.to(dtype)
+                d_x[rows] = (d_logits @ w).to(x.dtype)
+                d_weight += d_logits.t() @ part
+        ctx.n = len(counted)
+        ctx.save_for_backward(d_x.view_as(x), d_weight)
         return total / ctx.n
 
     @staticmethod

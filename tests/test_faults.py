@@ -1,20 +1,23 @@
-"""What may befall a run that takes a week, fault by fault; T1 to T20 are their kinds. Tests that
-start many processes are marked `faults`: `python -m pytest -n 0 -m faults` runs them."""
+"""What can happen to a run that takes a week: bad weights, damaged files, full disks, signals, nodes
+that vanish. Tests that start many processes are marked `faults`, and
+`python -m pytest -n 0 -m faults` runs them."""
 
 import json
 import os
 import random
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     ENVIRONMENT,
     FAULTS,
@@ -38,45 +41,26 @@ from transformers import GPT2LMHeadModel
 
 import train_gpt2
 from fineweb import UserError
-from train_gpt2 import GPT, find_checkpoints, make_scaler, newest_checkpoint, training_step
+from train_gpt2 import GPT, find_checkpoints, newest_checkpoint
 
-CPU = torch.device("cpu")
-
-# -- T1: nothing non-finite is applied, nothing bad is saved
+# Bad weights are not saved --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_scaler_that_is_always_on_changes_no_bit(tiny, dtype):
-    import copy
-
-    generator, found = torch.Generator().manual_seed(0), []
-    steps = [torch.randint(50257, (2, 2, 17), generator=generator) for _ in range(5)]
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
-    off = torch.amp.GradScaler("cpu", enabled=False)
-    for scaler in (off, make_scaler("bfloat16", CPU)):
-        model, results = copy.deepcopy(tiny), []
-        optimizer = model.configure_optimizers(0.1, 1e-2)
-        for step in steps:
-            batches = [(t[:, :-1], t[:, 1:]) for t in step]
-            results += training_step(model, batches, optimizer, scaler, autocast, 1.0)
-        found.append([*results, *model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found))
-
-
-def test_weights_that_have_gone_astray_are_not_saved(shards, tmp_path):
-    """A learning rate of 1e30: finite weights that give NaN. Even if that was the last step."""
+def test_weights_whose_loss_is_nan_are_not_saved(shards, tmp_path):
+    """A learning rate of 1e30 gives finite weights with a loss of NaN. They are not saved after the
+    last step, either."""
     for steps in (1, 3):
         out = tmp_path / str(steps)
         flags = ["--max_steps", steps, "--save_every", 1, "--val_every", 0]
         wild = ["--max_lr", 1e30, "--warmup_steps", 1, "--grad_clip", 0]
         done = train(shards, out, *flags, *wild, check=False)
-        refused(done, "the loss after 1 updates is nan; lower --max_lr")
+        refused(done, "the loss after 1 steps is nan; lower --max_lr")
         assert find_checkpoints(out) == []
         train(shards, out, *flags, "--resume")
         assert [step for step, _ in find_checkpoints(out)] == list(range(1, steps + 1))
 
 
-# -- T2, T3, T8: what is loaded is what was asked for, what was trained is saved
+# The weights that are loaded and saved are the right ones --------------------------------------
 
 
 def test_an_untied_head_is_refused_whatever_the_config_says(tmp_path):
@@ -108,8 +92,8 @@ def test_rows_of_the_vocabulary_that_were_trained_are_saved(tmp_path):
     train(shards, tmp_path / "out", "--vocab_size", 60000, "--max_steps", 2)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out/step_00002")
     assert theirs.transformer.wte.weight.shape == (60000, 32)
-    done = train(shards, tmp_path / "other", check=False)  # 50304 is 50257 and padding
-    refused(done, "but the model knows 50257 ids")
+    done = train(shards, tmp_path / "other", check=False)  # 50304 is 50257 tokens and padding
+    refused(done, "but the model has only 50257 tokens")
 
 
 def test_masks_in_old_files_are_ignored(tmp_path):
@@ -124,7 +108,40 @@ def test_masks_in_old_files_are_ignored(tmp_path):
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-# -- T5, T16: output and signals
+# A failure in an evaluation loses nothing -------------------------------------------------------
+
+
+@pytest.mark.parametrize("evaluation", ["evaluate", "hellaswag.evaluate", "print_samples"])
+def test_the_checkpoint_is_written_before_the_evaluations(
+    base, tmp_path, monkeypatch, evaluation
+):
+    """In step 4 a checkpoint, validation, HellaSwag and samples are due, and one of them fails."""
+    results = {
+        "evaluate": (train_gpt2, 1.0),
+        "hellaswag.evaluate": (train_gpt2.hellaswag, SimpleNamespace(acc_norm=0.25, n=1)),
+        "print_samples": (train_gpt2, None),
+    }
+    calls = dict.fromkeys(results, 0)
+
+    def replacement(name):
+        def call(*args, **flags):
+            calls[name] += 1
+            if name == evaluation and calls[name] == 2:  # the first call is in step 0
+                raise RuntimeError("the evaluation failed")
+            return results[name][1]
+
+        return call
+
+    for name, (owner, _) in results.items():
+        monkeypatch.setattr(owner, name.split(".")[-1], replacement(name))
+    monkeypatch.setattr(train_gpt2, "load_hellaswag", lambda *args: ["an example"])
+    flags = ["--save_every", 4, "--hellaswag_every", 4, "--sample_every", 4]
+    with pytest.raises(RuntimeError, match="the evaluation failed"):
+        train(base[0], tmp_path / "out", *flags)
+    assert [step for step, _ in find_checkpoints(tmp_path / "out")] == [4]
+
+
+# Output and signals -----------------------------------------------------------------------------
 
 
 def test_what_a_terminal_cannot_show_is_replaced(base, tmp_path):
@@ -137,7 +154,8 @@ def test_a_closed_pipe_ends_quietly_after_a_checkpoint(base, tmp_path):
     out = tmp_path / "out"
     flags = [*TINY_RUN, "--data_dir", base[0], "--out_dir", out, "--max_steps", 100000]
     process = start(*flags, stderr=subprocess.PIPE)
-    process.stdout.readline()
+    while "| loss" not in process.stdout.readline():  # of a step: before it there is nothing to save
+        assert process.poll() is None
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(60) == 128 + signal.SIGPIPE
     assert len(find_checkpoints(out)) == 1
@@ -145,37 +163,79 @@ def test_a_closed_pipe_ends_quietly_after_a_checkpoint(base, tmp_path):
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
-    monkeypatch.setattr(train_gpt2, "received", [])
+    monkeypatch.setattr(train_gpt2, "stop_signals", [])
     handlers = {}
     monkeypatch.setattr(
         signal, "signal", lambda number, handler: handlers.update({number: handler})
     )
-    train_gpt2.catch_signals()
+    train_gpt2.catch_stop_signals()
     assert {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP} == handlers.keys()
     handlers[signal.SIGTERM](signal.SIGTERM, None)
     handlers[signal.SIGTERM](signal.SIGTERM, None)
     assert handlers[signal.SIGINT] != signal.default_int_handler
     handlers[signal.SIGINT](signal.SIGINT, None)
     assert handlers[signal.SIGINT] == signal.default_int_handler
-    assert train_gpt2.received == [signal.SIGTERM] * 2 + [signal.SIGINT]
+    assert train_gpt2.stop_signals == [signal.SIGTERM] * 2 + [signal.SIGINT]
     handlers.clear()
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)  # as nohup has it
-    train_gpt2.catch_signals()
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)  # as under nohup
+    train_gpt2.catch_stop_signals()
     assert handlers == {}
 
 
+def stop_in_step_3(monkeypatch):
+    """In step 3 the process receives SIGTERM."""
+    step, count = train_gpt2.training_step, iter(range(1000))
+
+    def stopped_step(*args):
+        if next(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(train_gpt2, "training_step", stopped_step)
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_says_so(base, tmp_path, monkeypatch):
+    """The exit status is 2 instead of 128 + the signal, and the reason is printed."""
+
+    def no_room(*args):
+        raise OSError(28, "No space left on device")
+
+    stop_in_step_3(monkeypatch)
+    monkeypatch.setattr(torch, "save", no_room)
+    done = train(base[0], tmp_path / "out", check=False)
+    refused(done, "step_00004 cannot be written (No space left on device)")
+
+
+@pytest.mark.parametrize("flag", ["--val_every", "--hellaswag_every", "--sample_every"])
+def test_a_stop_does_not_wait_for_an_evaluation(base, tmp_path, monkeypatch, flag):
+    """The signal comes in step 3. In step 4 an evaluation is due, which would raise."""
+    stop_in_step_3(monkeypatch)
+
+    def in_step_0_only(*args):
+        assert not find_checkpoints(tmp_path / "out") and not train_gpt2.stop_signals
+        return SimpleNamespace(acc_norm=0.25, n=1)
+
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: in_step_0_only() and 1.0)
+    monkeypatch.setattr(train_gpt2, "print_samples", in_step_0_only)
+    monkeypatch.setattr(train_gpt2.hellaswag, "evaluate", in_step_0_only)
+    monkeypatch.setattr(train_gpt2, "load_hellaswag", lambda *args: ["an example"])
+    done = train(base[0], tmp_path / "out", "--val_every", 0, flag, 4, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert [step for step, _ in find_checkpoints(tmp_path / "out")] == [4]
+
+
 def test_save_minutes_go_by_the_clock(base, tmp_path, monkeypatch):
-    """A clock that moves on by a minute in each step."""
-    now, plain = [0.0], train_gpt2.training_step
+    """On this clock a step takes a minute. The last step is saved if either flag is on."""
+    now, real_step = [0.0], train_gpt2.training_step
 
     def step(*args):
         now[0] += 60
-        return plain(*args)
+        return real_step(*args)
 
     monkeypatch.setattr(train_gpt2.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(train_gpt2, "training_step", step)
     train(base[0], tmp_path / "out", "--save_every", 0, "--save_minutes", 2.5)
-    assert [step for step, _ in find_checkpoints(tmp_path / "out")] == [3, 6]
+    assert [step for step, _ in find_checkpoints(tmp_path / "out")] == [3, 6, 8]
     train(base[0], tmp_path / "both", "--save_every", 4, "--save_minutes", 2.5)
     assert [step for step, _ in find_checkpoints(tmp_path / "both")] == [3, 4, 7, 8]
     train(base[0], tmp_path / "never", "--save_every", 0, "--save_minutes", 0)
@@ -186,10 +246,10 @@ def test_a_clock_that_is_set_back_does_not_matter(base, tmp_path, monkeypatch):
     back = iter(range(10**6, 0, -1000))
     monkeypatch.setattr(train_gpt2.time, "time", lambda: next(back))
     done = train(base[0], tmp_path / "out")
-    assert "done after 0:00:" in done.stdout
+    assert re.search(r"done after 0:0\d:\d\d;", done.stdout), done.stdout
 
 
-# -- T6: one sentence, whatever class a library raised
+# An error of a library becomes one sentence -----------------------------------------------------
 
 
 def test_weights_that_are_a_pointer_to_git_lfs(base, tmp_path):
@@ -200,12 +260,29 @@ def test_weights_that_are_a_pointer_to_git_lfs(base, tmp_path):
     refused(done, "dir cannot be loaded (")
 
 
-def test_rank_without_torchrun(base, tmp_path):
+def test_variables_of_torchrun_without_torchrun(base, tmp_path):
+    """RANK alone is refused. WORLD_SIZE alone is set by some cluster software, and means nothing."""
     done = train(base[0], tmp_path / "out", env={"RANK": "0"}, check=False)
-    refused(done, "the processes cannot find each other (")
-    assert "MASTER_ADDR" in done.stderr or "WORLD_SIZE" in done.stderr
-    done = train(base[0], tmp_path / "out", env={"WORLD_SIZE": "two"}, check=False)
-    refused(done, "the processes cannot find each other (invalid literal")
+    refused(done, "RANK is set, but WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not")
+    others = dict(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    done = train(base[0], tmp_path / "out", env=others | {"WORLD_SIZE": "two"}, check=False)
+    refused(done, "WORLD_SIZE=two is not a number")
+    train(base[0], tmp_path / "out", "--max_steps", 1, env={"WORLD_SIZE": "2"})
+    assert list(log_of(tmp_path / "out")["train"]) == [0]
+
+
+def test_processes_that_do_not_find_each_other(base, tmp_path, monkeypatch):
+    """torch.distributed's error is followed by what to do about it."""
+
+    def nobody(*args, **flags):
+        raise train_gpt2.dist.DistNetworkError("the others did not come")
+
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 2), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(train_gpt2.dist, "init_process_group", nobody)
+    done = train(base[0], tmp_path / "out", check=False)
+    refused(done, "cannot reach each other (the others did not come); start all of them")
 
 
 @FAULTS
@@ -215,7 +292,7 @@ def test_not_enough_memory(base, tmp_path):
     limit = ["bash", "-c", 'ulimit -v 1900000; exec "$@"', "-", *line, "--vocab_size", "50257"]
     env = os.environ | ENVIRONMENT
     done = subprocess.run(limit, capture_output=True, text=True, env=env, timeout=120)
-    refused(done, "out of memory; give a smaller --micro_batch_size")
+    refused(done, "out of memory; choose a smaller --micro_batch_size")
 
 
 @pytest.fixture
@@ -262,7 +339,7 @@ def test_notes_in_the_log_are_kept(base, tmp_path):
     assert list(log_of(tmp_path / "out")["train"]) == list(range(9))
 
 
-# -- T7: printed advice works
+# The printed commands work ----------------------------------------------------------------------
 
 
 def test_printed_commands_work(base):
@@ -279,7 +356,7 @@ def test_printed_commands_work(base):
     subprocess.run([*words[1:3], "--help"], env=env, check=True, capture_output=True)
 
 
-# -- T14, T15, T17, T19, T20: checkpoints
+# Checkpoints ------------------------------------------------------------------------------------
 
 
 def flip_bytes(path):
@@ -306,7 +383,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("text, damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over(base, tmp_path, text, damage):
+def test_a_damaged_checkpoint_is_not_used(base, tmp_path, text, damage):
     out = tmp_path / "out"
     shutil.copytree(base[1], out)
     damage(out / "step_00008/training_state.pt")
@@ -314,33 +391,36 @@ def test_a_damaged_checkpoint_is_passed_over(base, tmp_path, text, damage):
     assert f"warning: {out}/step_00008 is damaged ({text}" in done.stdout, done.stdout
     assert "resuming " + str(out / "step_00004") in done.stdout
     assert records(out) == records(base[1])
-    assert newest_checkpoint(out)["step"] == 8  # mended
+    assert newest_checkpoint(out)["step"] == 8  # written again
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(shards, tmp_path, monkeypatch):
-    synced, plain = [], os.fsync
+    """Each file is synchronized under the temporary name, then the new name in its folder."""
+    synced, real_fsync = [], os.fsync
 
     def fsync(number):
-        synced.append(Path(os.readlink(f"/proc/self/fd/{number}")))
-        return plain(number)
+        path = Path(os.readlink(f"/proc/self/fd/{number}"))
+        synced.append((path.name, path.parent.name, (out / "step_00001").exists()))
+        return real_fsync(number)
 
+    out = tmp_path / "out"
     monkeypatch.setattr(os, "fsync", fsync)
-    train(shards, tmp_path / "out", "--max_steps", 1)
-    ((_, path),) = find_checkpoints(tmp_path / "out")
-    assert {f.name for f in synced} >= {f.name for f in path.iterdir()}
-    assert {f.parent.name for f in synced if f.name == "training_state.pt"} == {"tmp_step_00001"}
+    train(shards, out, "--max_steps", 1)
+    files = {(path.name, "tmp_step_00001", False) for path in (out / "step_00001").iterdir()}
+    assert len(files) > 2 and files <= set(synced[:-1])
+    assert synced[-1] == ("out", tmp_path.name, True)
 
 
-def test_none_is_whole(base, tmp_path):
+def test_all_checkpoints_are_damaged(base, tmp_path):
     shutil.copytree(base[1], tmp_path / "out")
     for step in (4, 8):
         flip_bytes(tmp_path / f"out/step_0000{step}/training_state.pt")
     done = run_here("--resume", "--out_dir", tmp_path / "out", check=False)
-    refused(done, "none of its checkpoints is whole")
+    refused(done, "all of its checkpoints are damaged")
     assert (tmp_path / "out/log.txt").read_bytes() == (base[1] / "log.txt").read_bytes()
 
 
-def test_a_checkpoint_that_cannot_be_pruned_is_a_warning(base, tmp_path):
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(base, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/step_00001").symlink_to(tmp_path / "elsewhere")
@@ -350,35 +430,53 @@ def test_a_checkpoint_that_cannot_be_pruned_is_a_warning(base, tmp_path):
     assert [step for step, _ in find_checkpoints(tmp_path / "out")][1:] == [6, 8]
 
 
-def test_absurd_sizes_are_refused_at_once(tmp_path):
-    began = time.monotonic()
+def test_absurd_sizes_are_refused_before_anything_of_that_size_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gpt2", n_layer=10**9)))
     done = run_here("--sample_only", "--init_from", tmp_path, check=False)
     refused(done, "choose a smaller model")
+    write_shards(tmp_path / "data")
     for flag in ("--n_layer", "--n_embd", "--vocab_size"):
         flags = [flag, 12 * 10**9, "--device", "cpu", "--out_dir", tmp_path / "out"]
-        refused(run_here(*flags, "--data_dir", tmp_path, check=False), "choose a smaller model")
-    assert time.monotonic() - began < 20
+        done = run_here(*flags, "--data_dir", tmp_path / "data", check=False)
+        refused(done, "choose a smaller model")
 
 
 def test_a_checkpoint_says_where_it_comes_from(base):
     state = torch.load(base[1] / "step_00008/training_state.pt", weights_only=True)
-    assert state["versions"]["torch"] == torch.__version__ and state["world_size"] == 1
-    assert {"commit", "python", "numpy", "device"} < state["versions"].keys()
+    assert state["machine"] == [1, "cpu", "float32"] and state["micro_batch_size"] == 4
+    assert state["versions"]["torch"] == torch.__version__
+    assert {"commit", "python", "numpy"} < state["versions"].keys()
     assert state["shards"]["made_val_000000.npy"] == [3128, None]
-    assert state["config"]["max_lr"] == 1e-2
+    assert state["args"]["max_lr"] == 1e-2
     assert "versions: commit" in base[2] and "max_lr 0.01" in base[2]
 
 
-# -- processes that come and go
+# Processes that end and start again -------------------------------------------------------------
 
-
-KILLS = {  # when, how often, and where the run is then
-    "amid a save": (3, lambda out, log: any(out.glob("tmp_step_*"))),
+KILLS = {  # when the process is killed: how many times, and whether the log shows that it is time
+    "during a save": (3, lambda out, log: any(out.glob("tmp_step_*"))),
     "before the first checkpoint": (2, lambda out, log: "1 norm" in log),
     "in validation": (2, lambda out, log: f"\n{random.choice([4, 14, 24])} norm" in log),
-    "at a random moment": (5, lambda out, log: log and not time.sleep(random.uniform(0, 0.8))),
+    "at a random moment": (5, lambda out, log: random.random() < 0.02),
 }
+
+
+def kill_when(is_time, flags, out):
+    """Start a run and end it by SIGKILL. If it is so fast that it ends before that, try again."""
+    log = out / "log.txt"
+    for attempt in range(20):
+        shutil.rmtree(out, ignore_errors=True)
+        process = start(*flags, "--out_dir", out)
+        wait_for(
+            lambda: process.poll() is not None or log.exists() and is_time(out, log.read_text())
+        )
+        process.kill()
+        screen, _ = process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            return
+        assert process.returncode == 0, screen
+    raise AssertionError("the run always ended too early")
 
 
 @FAULTS
@@ -386,16 +484,11 @@ KILLS = {  # when, how often, and where the run is then
 def test_kill_9(killed, tmp_path, when):
     """--resume ends with the log and weights of the undisturbed run, to the byte."""
     flags, whole = killed
-    tries, is_there = KILLS[when]
-    again = []  # updates that had to be made again
+    tries, is_time = KILLS[when]
+    again = []  # steps that had to be repeated
     for i in range(tries):
         out = tmp_path / str(i)
-        log = out / "log.txt"
-        process = start(*flags, "--out_dir", out)
-        wait_for(lambda: log.exists() and is_there(out, log.read_text()))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it had ended already"
+        kill_when(is_time, flags, out)
         saved = [0, *(step for step, _ in find_checkpoints(out))]
         again.append(len(log_of(out).get("norm", [])) - saved[-1])
         run_here(*(flags if saved == [0] else []), "--resume", "--out_dir", out)
@@ -403,13 +496,13 @@ def test_kill_9(killed, tmp_path, when):
         assert (out / weights).read_bytes() == (whole / weights).read_bytes()
         assert records(out) == records(whole)
         assert not list(out.glob("tmp_*"))
-    lost = f"nothing; {min(again)}–{max(again)} updates made again, --save_every 10"
+    lost = f"nothing; {min(again)}–{max(again)} steps repeated, --save_every 10"
     survived(f"kill -9 {when}", tries, lost)
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """(flags, out_dir) of the run that is to be killed, undisturbed."""
+    """(flags, out_dir) of the undisturbed run."""
     folder = tmp_path_factory.mktemp("killed")
     flags = [*TINY_RUN, "--data_dir", write_shards(folder / "shards"), "--max_steps", 40]
     flags += ["--save_every", 10, "--val_every", 5, "--val_tokens", 1500, "--keep_checkpoints", 1]
@@ -435,48 +528,50 @@ def test_world_1_2_1_with_other_micro_batches(base, tmp_path):
 
 
 def agents(*args, nodes=2):
-    """One torchrun agent per node, as the README starts them, all on the loopback address."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    """Start one torchrun per node, all on this machine. Returns their processes and the store where
+    they meet, which has to live as long as they do."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
-    launch += ["--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    launch += ["--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_conf=is_host=0"]
+    launch += [f"--rdzv_endpoint=127.0.0.1:{store.port}"]
     line = [*launch, str(ROOT / "train_gpt2.py"), *map(str, args)]
     options = dict(text=True, start_new_session=True, env=os.environ | ENVIRONMENT)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return [subprocess.Popen(line, **options, **pipes) for _ in range(nodes)]
+    return [subprocess.Popen(line, **options, **pipes) for _ in range(nodes)], store
 
 
 @FAULTS
 def test_two_nodes_for_real(base, tmp_path):
-    """Two agents, one shared folder: the losses of one process. One agent is killed with what it
-    started; the job, started again by hand with --resume, ends with the bits of the other one."""
+    """Two nodes with a shared folder have the losses of one process. Then one node is killed with
+    all that runs on it. The job is started again by hand with --resume, and ends with the bits of
+    the job that was not killed."""
     flags = [*TINY_RUN, "--data_dir", base[0], "--max_steps", 40, "--save_every", 4]
     flags += ["--keep_checkpoints", 0, "--out_dir"]
     run_here(*flags, tmp_path / "one")
-    for node in agents(*flags, tmp_path / "two"):
+    nodes, store = agents(*flags, tmp_path / "two")
+    for node in nodes:
         screen, _ = node.communicate(timeout=120)
         assert node.returncode == 0, screen
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     for stream in ("train", "norm", "val"):
         assert two[stream] == pytest.approx(one[stream], abs=1e-4)
     out = tmp_path / "killed"
-    first, other = agents(*flags, out)
+    (first, other), store = agents(*flags, out)
     wait_for(lambda: (out / "step_00004").exists())
     workers = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
     for pid in [*map(int, workers), other.pid]:
         os.kill(pid, signal.SIGKILL)
     other.communicate()
-    first.send_signal(signal.SIGTERM)  # torchrun would wait minutes for the lost one
+    first.send_signal(signal.SIGTERM)  # torchrun would wait minutes for the lost node
     first.communicate(timeout=120)
     saved = [step for step, _ in find_checkpoints(out)]
     assert saved[-1] < 40 and first.returncode
-    for node in agents("--resume", "--out_dir", out):
+    nodes, store = agents("--resume", "--out_dir", out)
+    for node in nodes:
         screen, _ = node.communicate(timeout=120)
         assert node.returncode == 0, screen
     weights = "step_00040/model.safetensors"
     assert (out / weights).read_bytes() == (tmp_path / "two" / weights).read_bytes()
     assert records(out) == records(tmp_path / "two")
-    survived(
-        "two nodes, one killed, both started again", 1, f"nothing; it went on from step {saved[-1]}"
-    )
+    lost = f"nothing; it continued from step {saved[-1]}"
+    survived("two nodes, one killed, both started again", 1, lost)
