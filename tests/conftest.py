@@ -1,4 +1,4 @@
-"""What several tests share: tiny shards, tiny models, and ways to run the scripts as a user does."""
+"""What several tests share: tiny shards and models, and ways to run the scripts as a user does."""
 
 import contextlib
 import io
