@@ -131,9 +131,7 @@ def test_a_step_of_gold_distils_from_another_tokenizer(saved, tmp_path):
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     tok.train_from_iterator(["the cat sat on the mat " * 20], trainer)
     names = dict(bos_token="<s>", eos_token="</s>")
     PreTrainedTokenizerFast(tokenizer_object=tok, **names).save_pretrained(teacher)

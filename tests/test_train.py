@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, fields
 from types import SimpleNamespace
 
@@ -22,8 +23,9 @@ import train_gpt2
 from fineweb import UserError
 from train_gpt2 import (
     GPT,
-    GPTConfig,
     Args,
+    DataLoaderLite,
+    GPTConfig,
     Log,
     Progress,
     Run,
@@ -406,6 +408,20 @@ def test_overfitting_one_batch(shards, tmp_path):
     assert losses[0] > 10 and losses[79] < 0.1
 
 
+@pytest.mark.parametrize("flags, steps", [([], [0, 1, 2]), (["--overfit_one_batch"], [0])])
+def test_batches_are_read_in_another_thread(shards, tmp_path, monkeypatch, flags, steps):
+    """Each one once. (The thread may also begin to read a fourth batch.)"""
+    read, original = [], DataLoaderLite.micro_batches
+
+    def micro_batches(loader, step):
+        read.append((step, threading.current_thread() is threading.main_thread()))
+        return original(loader, step)
+
+    monkeypatch.setattr(DataLoaderLite, "micro_batches", micro_batches)
+    train(shards, tmp_path / "out", *flags, "--max_steps", 3, "--val_every", 0)
+    assert read[:3] == [(step, False) for step in steps]
+
+
 def test_demo_settings_train_on_the_users_own_shards_too(shards, tmp_path):
     before = sorted(shards.iterdir())
     done = train(shards, tmp_path / "out", "--demo", "--save_every", 0, "--max_steps", 1)
@@ -722,14 +738,19 @@ def defined_names(statements):
             yield from (alias.asname or alias.name.split(".")[0] for alias in node.names)
 
 
-def test_the_form_of_the_source_code():
-    """Lines have at most 100 columns, and formatting is never switched off. train() has at most 112
-    lines, other functions at most 60. The lecture ends by line 680. It uses at most 10 names from
-    below the double line, and the docstring lists exactly those."""
-    mark = "fmt: " + "skip"
+def test_lines_have_at_most_100_columns():
+    """And formatting is never switched off."""
+    mark, wrong = "fmt: " + "skip", []
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
-        text = path.read_text()
-        assert max(map(len, text.splitlines())) <= 100 and mark not in text, path
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if len(line) > 100 or mark in line:
+                wrong.append(f"{path.name}:{number}")
+    assert wrong == []
+
+
+def test_the_form_of_the_source_code():
+    """train() has at most 112 lines, other functions at most 60. The lecture ends by line 680. It
+    uses at most 10 names from below the double line, and the docstring lists exactly those."""
     text = (ROOT / "train_gpt2.py").read_text()
     tree = ast.parse(text)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
