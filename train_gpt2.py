@@ -998,6 +998,13 @@ def save_hugging_face(model, directory):
 
 # A run's output, signals, checkpoints and log -------------------------------------------------
 
+
+def environment_number(name, default=0):
+    """A whole number from an environment variable; the default if it is not set, or not one."""
+    value = os.environ.get(name, "").strip()
+    return int(value) if value.isdecimal() else default
+
+
 stop_signals = []  # numbers of the signals that asked this process to stop, as they arrive
 
 
@@ -1019,7 +1026,7 @@ def catch_stop_signals():
 def print0(*args):
     """Print on rank 0 only. Failing to print never ends a run by itself. But a pipe or a terminal
     that has been closed stops it as a signal would: after the current step, with a checkpoint."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if environment_number("RANK") > 0:
         return
     try:
         print(*args, flush=True)
@@ -1103,7 +1110,7 @@ def read_checkpoint(path):
     with as_user_error(f"{path} is damaged", "the checkpoint before it is used"):
         with zipfile.ZipFile(file) as archive:
             checksums = [member.CRC for member in archive.infolist()]
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0 and (name := archive.testzip()):
+            if environment_number("LOCAL_RANK") == 0 and (name := archive.testzip()):
                 raise ValueError(f"wrong checksum of {name}")
         mmap = sys.platform != "win32"  # Windows cannot remove a file that is mapped
         state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=mmap)
@@ -1123,7 +1130,8 @@ def write_checkpoint(path, model, state):
     try:
         with as_user_error(f"{path} cannot be written", remedy):
             save_hugging_face(model, temporary)
-            torch.save(state, temporary / "training_state.pt")
+            with open(temporary / "training_state.pt", "wb") as file:
+                torch.save(state, file)
             for file in temporary.iterdir():
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
@@ -1424,7 +1432,7 @@ def add_to_run_json(args, first_step, facts):
 
 
 def describe_device(device):
-    return torch.cuda.get_describe_device(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def versions():
@@ -1805,7 +1813,7 @@ def check_device(name):
     }
     if not exists.get(name, True):
         raise UserError(f"--device {name}: this machine has none; --device auto uses what it has")
-    processes = int(os.environ.get("LOCAL_RANK", 0)) + 1
+    processes = environment_number("LOCAL_RANK") + 1
     # Slurm may show each process only its own GPU; torchrun shows all GPUs to all processes.
     gpus = torch.cuda.device_count()
     if pick_device(name).type == "cuda" and processes > gpus:
@@ -1822,7 +1830,7 @@ def prepare_process():
         if not any("ALLOC_CONF" in name for name in os.environ):
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     # torchrun allows each process one thread, but lets each start a compiler on every core.
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = environment_number("LOCAL_WORLD_SIZE", 1)
     cores = max(1, fineweb.available_cores() // processes)
     if processes > 1 or cores < torch.get_num_threads():
         torch.set_num_threads(cores)
@@ -1875,11 +1883,13 @@ def main(argv=None):
 
 
 def fail(sentence):
-    """Print a sentence and exit with status 2, which tells a shell loop not to try again. All
-    processes may fail alike; rank 0 speaks first, and torchrun then ends the others by a signal."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(3)
-    if int(os.environ.get("RANK", 0)) == 0 or not stop_signals:
+    """Print a sentence and exit with status 2, which tells a shell loop not to try again. If all
+    processes fail, rank 0 prints, and the others wait until torchrun ends them by a signal."""
+    rank = environment_number("RANK")
+    end = time.monotonic() + 20
+    while rank > 0 and not stop_signals and time.monotonic() < end:
+        time.sleep(0.1)
+    if rank == 0 or not stop_signals:
         with suppress(OSError, ValueError):
             print(f"train_gpt2.py: {sentence}", file=sys.stderr, flush=True)
     sys.exit(2)

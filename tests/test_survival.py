@@ -522,22 +522,20 @@ def test_a_problem_of_one_process_ends_all(base, tmp_path, monkeypatch):
 
 
 def test_one_process_under_torchrun_runs_what_eight_run(base, tmp_path, monkeypatch):
-    made, real = [], train_gpt2.DDP
+    made = []
 
-    def wrap(model, **options):
-        made.append(model)
-        return real(model, **options)
+    class Recorded(train_gpt2.DDP):
+        def __init__(self, model):
+            made.append(model)
+            super().__init__(model)
 
-    monkeypatch.setattr(train_gpt2, "DDP", wrap)
+    monkeypatch.setattr(train_gpt2, "DDP", Recorded)
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", rank=0, world_size=1, store=store)
     monkeypatch.setenv("RANK", "0")
     try:
-        args = ["--seq_len", 32]
-        args = train_gpt2.parse(
-            list(map(str, [*TINY, *QUIET, *STEPS, *args, "--micro_batch_size", 4]))
-            + ["--data_dir", str(base[0]), "--out_dir", str(tmp_path / "out")]
-        )[0]
+        flags = [*TINY, *QUIET, *STEPS, "--micro_batch_size", 4, "--data_dir", base[0]]
+        args, _ = train_gpt2.parse([*map(str, flags), "--out_dir", str(tmp_path / "out")])
         train_gpt2.train(args)
     finally:
         if dist.is_initialized():
