@@ -1,4 +1,4 @@
-"""What several tests share: tiny shards, tiny models, and ways to run the scripts as a user does."""
+"""What several tests share: tiny shards and models, and ways to run the scripts as a user does."""
 
 import contextlib
 import io
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from train_gpt2 import GPT, GPTConfig, main, read_log
 
@@ -49,20 +48,6 @@ def shards(tmp_path):
 def tiny():
     torch.manual_seed(0)
     return GPT(GPTConfig(block_size=32, vocab_size=50304, n_layer=3, n_head=2, n_embd=32))
-
-
-def random_hugging_face(directory, **changes):
-    """A random GPT-2 of transformers, every tensor away from its initial value, which is saved to a
-    directory. changes: settings of its GPT2Config."""
-    torch.manual_seed(1)
-    shape = dict(n_layer=3, n_head=4, n_embd=64, n_positions=48, vocab_size=50257)
-    dropout = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    model = GPT2LMHeadModel(GPT2Config(**shape | dropout | changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    model.save_pretrained(directory)
-    return model.train()
 
 
 def command(script, *args, processes=1):

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import FAULTS, random_hugging_face
+from conftest import FAULTS
+from test_invariants import random_hugging_face
 from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers import AutoTokenizer, pipeline
 
@@ -244,19 +245,17 @@ def test_use_cpu_kernels_changes_no_result(one_process, dtype, tolerance, wrappe
 
 @FAULTS
 @pytest.mark.parametrize("wrapper", ["none", "ddp"])
-@pytest.mark.parametrize("dtype, tolerance", zip(DTYPES, (1e-5, 3e-2, 3e-3)))
-def test_use_cpu_kernels_changes_no_result_under_torch_compile(
-    one_process, dtype, tolerance, wrapper
-):
+def test_use_cpu_kernels_changes_no_result_under_torch_compile(one_process, wrapper):
+    """In bfloat16; in the other precisions it replaces nothing that is compiled."""
     plain, *batch = medium_batch()
-    loss, gradients = loss_and_gradients(plain, plain, dtype, *batch)
-    ours = replaced(plain, dtype, compile=True)
+    loss, gradients = loss_and_gradients(plain, plain, torch.bfloat16, *batch)
+    ours = replaced(plain, torch.bfloat16, compile=True)
     torch._dynamo.reset()
     compiled = torch.compile(ours, dynamic=False)
     network = DDP(compiled) if wrapper == "ddp" else compiled
-    found, new = loss_and_gradients(network, ours, dtype, *batch)
-    assert found.item() == pytest.approx(loss.item(), abs=1e-5 if dtype == DTYPES[0] else 5e-3)
-    assert_equal_gradients(new, gradients, tolerance)
+    found, new = loss_and_gradients(network, ours, torch.bfloat16, *batch)
+    assert found.item() == pytest.approx(loss.item(), abs=5e-3)
+    assert_equal_gradients(new, gradients, 3e-2)
 
 
 @pytest.mark.parametrize(
