@@ -1,22 +1,23 @@
-"""What only a GPU can show. These run on any machine with CUDA; on_gpu.sh starts them.
-DEVICE=cpu runs those that need no CUDA function on a CPU, to find slips of the pen."""
+"""What only a GPU can show. These tests run on any machine with CUDA; on_gpu.sh starts them.
+DEVICE=cpu runs those that need no function of CUDA on a CPU, to find mistakes in the tests."""
 
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, log_of, run, write_shards
+from conftest import QUIET, ROOT, log_of, run, write_shards
 
 import hellaswag
 from train_gpt2 import (
     GPT,
-    CachedDecoder,
-    Config,
+    Args,
+    CausalSelfAttention,
     GPTConfig,
-    attention,
-    make_scaler,
+    KVCache,
     pick_micro_batch_size,
     training_step,
 )
@@ -38,7 +39,7 @@ def train(shards, out, *args):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """(shards, log) of the run in float32 on the CPU: the same weights, the same batches."""
+    """(shards, log) of a run in float32 on the CPU with the same weights and the same batches."""
     folder = tmp_path_factory.mktemp("reference")
     shards = write_shards(folder / "shards")
     train(shards, folder / "out", "--device", "cpu", "--dtype", "float32")
@@ -71,7 +72,7 @@ def test_every_precision_follows_float32(reference, tmp_path, dtype, compiled, t
 
 
 @needs_cuda
-def test_float16_scales_leaves_out_and_goes_on(reference, tmp_path):
+def test_float16_scales_the_loss_and_learns(reference, tmp_path):
     train(reference[0], tmp_path / "out", "--device", "cuda", "--dtype", "float16", "--no-compile")
     losses = list(log_of(tmp_path / "out")["train"].values())
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 1
@@ -79,25 +80,41 @@ def test_float16_scales_leaves_out_and_goes_on(reference, tmp_path):
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_step_never_waits_for_the_device(dtype):
-    """fake_cuda.py shows it by tensors without numbers; here CUDA itself tells."""
-    model, device = small(), torch.device("cuda", 0)
-    optimizer, scaler = model.configure_optimizers(0.1, 1e-3), make_scaler(dtype, device)
+def test_a_step_waits_for_the_device_once_for_its_norm(dtype, monkeypatch):
+    """fake_cuda.py shows it with tensors that have no values. Here CUDA itself raises."""
+    model, waits = small(), []
+    optimizer = model.configure_optimizers(0.1, 1e-3)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == "float16")
     autocast = torch.autocast("cuda", getattr(torch, dtype), enabled=dtype != "float32")
-    tokens = torch.randint(50257, (4, 65), device=device)
+    tokens = torch.randint(50257, (4, 65), device="cuda")
     batches = [(tokens[:2, :-1], tokens[:2, 1:]), (tokens[2:, :-1], tokens[2:, 1:])]
     step = [model, batches, optimizer, scaler, autocast, 1.0]
-    training_step(*step)  # the first one makes AdamW's moments
+    training_step(*step)  # the first one makes AdamW's running means
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda norm: waits.append(norm) or True)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        training_step(*step)
+        _, norm = training_step(*step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1 and waits[0] is norm
+
+
+@needs_cuda
+def test_memory_grows_in_expandable_segments():
+    """The setting is made before CUDA is used, so PyTorch takes it."""
+    code = """
+import torch, train_gpt2
+train_gpt2.prepare_process()
+x = torch.zeros(10, device="cuda")
+assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+"""
+    env = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
 def test_compiled_gradients_equal_eager_ones(dtype, tolerance):
-    """Of each parameter: Inductor's LayerNorm has been wrong in silence (pytorch issue 193061)."""
+    """For each parameter. Inductor's LayerNorm was silently wrong once (pytorch issue 193061)."""
     generator = torch.Generator().manual_seed(1)
     tokens, grads = torch.randint(50257, (8, 257), generator=generator).to(DEVICE), []
     for compiled in (False, True):
@@ -110,18 +127,33 @@ def test_compiled_gradients_equal_eager_ones(dtype, tolerance):
         assert (grads[1][name] - grad).norm() <= tolerance * grad.norm() + 1e-7, name
 
 
+class Returns(torch.nn.Module):
+    """Returns the same tensor for every input."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return self.value
+
+
 @pytest.mark.parametrize("T", [1024, 1000, 72])
 def test_the_attention_that_training_uses_equals_plain_attention(T):
-    """Whatever kernel PyTorch picks here: flash attention, cuDNN's, or another."""
-    q, k, v = (torch.randn(2, T, 3, 64, device=DEVICE) for _ in range(3))
-    q, k, v = (t.bfloat16().transpose(1, 2).requires_grad_() for t in (q, k, v))
-    y = attention(q, k, v)
+    """Whichever kernel PyTorch picks here: flash attention, cuDNN's, or another one."""
+    B, H, D = 2, 3, 64
+    qkv = torch.randn(B, T, 3 * H * D, device=DEVICE).bfloat16().requires_grad_()
+    attn = CausalSelfAttention(GPTConfig(n_head=H, n_embd=H * D))
+    attn.c_attn, attn.c_proj = Returns(qkv), torch.nn.Identity()
+    y = attn(torch.empty(B, T, H * D, device=DEVICE))
     w = torch.randn_like(y)
-    found = y, *torch.autograd.grad((y * w).sum(), (q, k, v))
-    q, k, v = (t.detach().float().requires_grad_() for t in (q, k, v))
-    ahead = torch.ones(T, T, device=DEVICE).triu(1).bool()
-    y = (q @ k.transpose(2, 3) / 8).masked_fill(ahead, -torch.inf).softmax(-1) @ v
-    expected = y, *torch.autograd.grad((y * w.float()).sum(), (q, k, v))
+    found = y, *torch.autograd.grad((y * w).sum(), qkv)
+    qkv = qkv.detach().float().requires_grad_()
+    q, k, v = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+    future = torch.ones(T, T, device=DEVICE).triu(1).bool()
+    y = (q @ k.transpose(2, 3) / 8).masked_fill(future, -torch.inf).softmax(-1) @ v
+    y = y.transpose(1, 2).reshape(B, T, H * D)
+    expected = y, *torch.autograd.grad((y * w.float()).sum(), qkv)
     for a, b in zip(found, expected):
         assert torch.isfinite(a).all() and (a.float() - b).norm() < 0.02 * b.norm()
 
@@ -130,9 +162,9 @@ def test_the_attention_that_training_uses_equals_plain_attention(T):
 def test_cached_logits_equal_recomputed_ones_in_bfloat16():
     model, ids = small(), torch.randint(50257, (3, 18)).to(DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
-        decode = CachedDecoder(model)
+        cache = KVCache(model)
         for T in range(5, 19):
-            found, expected = decode(ids[:, :T]).float(), model(ids[:, :T])[:, -1].float()
+            found, expected = cache.next_logits(ids[:, :T]).float(), model(ids[:, :T])[:, -1].float()
             assert (found - expected).norm() < 0.03 * expected.norm()
 
 
@@ -173,17 +205,29 @@ def test_fused_adamw_equals_the_plain_loop():
 
 
 @needs_cuda
-def test_the_micro_batch_that_auto_takes_fits_and_is_not_far_too_small():
-    config = Config(seq_len=256, total_batch_size=256 * 4096)
+def test_the_micro_batch_that_auto_takes_fits_and_is_not_far_too_small(monkeypatch):
+    """With 4 GB of memory: that many sequences fit, and four times as many do not."""
+    limit, total = 4_000_000_000, torch.cuda.get_device_properties(0).total_memory
+    args = Args(seq_len=256, total_batch_size=256 * 4096)
     model, autocast = small(n_layer=2), torch.autocast("cuda", torch.bfloat16)
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(4e9 / total)
-    try:
-        B = pick_micro_batch_size(config, model, 1, autocast)
-        assert B & (B - 1) == 0 and 1 <= B <= 256
+
+    def mem_get_info(device):  # CUDA's own ignores the limit
+        return limit - torch.cuda.memory_reserved(device), total
+
+    def forward_and_backward(B):
         idx = torch.zeros(B, 256, dtype=torch.int64, device="cuda")
         with autocast:
             loss = model(idx, idx)
         loss.backward()
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        B = pick_micro_batch_size(args, model, 1, autocast)
+        assert B & (B - 1) == 0 and 1 <= B < 256
+        forward_and_backward(B)
+        with pytest.raises(torch.OutOfMemoryError):
+            forward_and_backward(4 * B)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

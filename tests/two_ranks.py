@@ -1,5 +1,5 @@
-"""Two processes of train_gpt2.py on ONE GPU, or more than one on each: DDP, its buckets and all
-collectives on CUDA tensors, over Gloo, because NCCL wants a GPU for each process.
+"""Run train_gpt2.py with several processes on one GPU: DDP, its buckets and all collectives with
+CUDA tensors. They communicate over Gloo, because NCCL needs a GPU for each process.
 
     torchrun --standalone --nproc_per_node=2 tests/two_ranks.py --micro_batch_size 16 ...
 """
@@ -15,7 +15,7 @@ import torch.distributed as dist  # noqa: E402
 import train_gpt2  # noqa: E402
 
 if __name__ == "__main__":
-    os.environ["LOCAL_RANK"] = "0"  # the GPU
+    os.environ["LOCAL_RANK"] = "0"  # all processes use GPU 0
     init = dist.init_process_group
     dist.init_process_group = lambda *args, **kw: init("gloo")
     train_gpt2.main()
