@@ -88,6 +88,7 @@ N_ITEMS = 10042  # in FILE
 DATA = f"hellaswag/{FILE}"  # where FILE is downloaded to
 OLD_DATA = "hellaswag/hellaswag_val.jsonl"  # the same items, which GitHub had until 2026
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on huggingface.co
+VOCAB_SLICE = 4096  # tokens whose logits are computed at once, because all of them take gigabytes
 
 # Items -----------------------------------------------------------------------------------------
 
@@ -449,13 +450,13 @@ def token_losses(model, grid, scored, head=None):
     kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels) if idx.is_cuda else nullcontext():
         hidden = hidden_states(model, idx, positions, attention_mask(segments))
-    hidden = hidden.flatten(0, 1)[where]  # (S, C)
-    n = 64 if idx.is_cpu else 1024  # compute only (n, V) logits at once, because all take gigabytes
-    losses = []
-    for inputs, answers in zip(hidden.split(n), targets.split(n)):
-        logits = F.linear(inputs, head).float()  # (n, V)
-        losses.append(F.cross_entropy(logits, answers, reduction="none"))
-    return torch.cat(losses)
+    hidden = hidden.flatten(0, 1)[where].to(head.dtype)  # (S, C)
+    # Cross entropy is log(sum(exp(logits))) - logits[target].
+    logits = (F.linear(hidden, part).float() for part in head.split(VOCAB_SLICE))
+    log_sums = torch.stack([part.logsumexp(1) for part in logits])
+    target_logits = (hidden.float() * head[targets].float()).sum(1)
+    losses = log_sums.logsumexp(0) - target_logits  # (S,)
+    return losses.clamp(min=0)  # rounding can make the loss of an almost certain token negative
 
 
 @torch.no_grad()

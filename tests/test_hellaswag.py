@@ -277,7 +277,7 @@ class Shifted:
             self.lm_head.weight[:, 0] = -10.0
             self.hidden[:, 0] = 10.0 + 0.3 * torch.randn(300)
             towards = self.lm_head.weight[self.targets, 1:]
-            self.hidden[::2, 1:] = 5 * towards[::2]
+            self.hidden[::2, 1:] = 4 * towards[::2]
         self.transformer = None
 
     def losses(self, dtype):
