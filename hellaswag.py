@@ -81,13 +81,14 @@ from tqdm import tqdm
 from fineweb import UserError, as_user_error, token_ids
 
 REPO = "Rowan/hellaswag"  # a dataset on huggingface.co
-FILE = "data/validation-00000-of-00001.parquet"
-REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"
+REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # of REPO
+FILE = "data/validation-00000-of-00001.parquet"  # in REPO
 SHA256 = "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"  # of FILE
 N_ITEMS = 10042  # in FILE
 DATA = f"hellaswag/{FILE}"  # where FILE is downloaded to
-OLD_DATA = "hellaswag/hellaswag_val.jsonl"  # the same items, from the former home on GitHub
+OLD_DATA = "hellaswag/hellaswag_val.jsonl"  # the same items, which GitHub had until 2026
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on huggingface.co
+VOCAB_SLICE = 4096  # tokens whose logits are computed at once, because all of them take gigabytes
 
 # Items -----------------------------------------------------------------------------------------
 
@@ -128,27 +129,25 @@ def load_items(path=DATA, limit=None, style="completion"):
 
 
 def items_or_none(path, block_size):
-    """All items, for training. Returns None in all processes if any of them cannot read the items,
-    if the items differ between processes, or if an ending does not fit into the model's context.
-    Rank 0 then prints a warning."""
+    """All items, for evaluation during training. Returns None in all processes, and rank 0 prints a
+    warning, if a process cannot read the items, if an ending does not fit into the model's context,
+    or if the processes do not read the same items."""
     items = []
     problem = None
     try:
         items = load_items(path)
         for item in items:
-            context_room(item, block_size)  # raises here rather than at the first evaluation
+            context_room(item, block_size)  # raises UserError now rather than in an evaluation
     except UserError as error:
         problem = str(error)
     fingerprint = hashlib.sha256(repr(items).encode()).hexdigest()
-    reports = gather((problem, fingerprint))
-    failed = [rank for rank, (problem, _) in enumerate(reports) if problem]
-    if failed:
-        reason = reports[failed[0]][0]
-        if len(failed) < len(reports):
-            reason += f" (in process {failed[0]})"
-    elif len(set(reports)) > 1:
+    problems, fingerprints = zip(*gather((problem, fingerprint)))
+    reason = next((text for text in problems if text), None)
+    if reason and not all(problems):
+        reason += f" (in process {problems.index(reason)})"
+    if len(set(fingerprints)) > 1 and not reason:
         reason = f"{path} differs between the processes; copy the same file to all machines"
-    else:
+    if not reason:
         return items
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"warning: HellaSwag is off: {reason}", flush=True)
@@ -156,7 +155,7 @@ def items_or_none(path, block_size):
 
 
 def gather(value):
-    """The list of all processes' values, in the order of their ranks."""
+    """A list of the values that all processes pass, in the order of their ranks."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -165,8 +164,9 @@ def gather(value):
 
 
 def find_file(path):
-    """The file to read. If it is missing, one process per machine downloads it while the others
-    wait. Raises UserError in all processes if one of them has no file."""
+    """The file to read: `path`, or OLD_DATA in place of a missing DATA. If DATA has to be
+    downloaded, one process per machine does so, and the others wait. If that fails on one machine,
+    all processes raise UserError."""
     if path == Path(DATA) and not path.exists() and Path(OLD_DATA).exists():
         path = Path(OLD_DATA)
     local_rank = int(os.environ.get("LOCAL_RANK") or 0) if dist.is_initialized() else 0
@@ -183,8 +183,8 @@ def find_file(path):
 
 
 def download(path):
-    """Download the official file, and delete it if it is not the one that is pinned here."""
-    if path != Path(DATA):  # a misspelt --data must not become a download
+    """Download the official file, and delete it if it is not the one with SHA256."""
+    if path != Path(DATA):  # a misspelt --data must not start a download
         raise UserError(f"{path}: no such file; correct --data, or omit it to use the official one")
     remedy = f"download {FILE} of the dataset {REPO} on huggingface.co and put it at {path}"
     with as_user_error(f"{path} is missing and cannot be downloaded", remedy):
@@ -192,19 +192,19 @@ def download(path):
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-        hf_hub_download(
-            REPO, FILE, repo_type="dataset", revision=REVISION, local_dir=path.parents[1]
-        )
+        folder = path.parents[1]
+        hf_hub_download(REPO, FILE, repo_type="dataset", revision=REVISION, local_dir=folder)
         if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
             path.unlink()
-            raise ValueError("the server sent another file, with another SHA-256")
+            raise ValueError("the server sent a file with a different SHA-256")
 
 
 def read_records(path):
-    """A list of (number, record) pairs, where a record is what one line of the file holds."""
+    """A list of (number, record) pairs. A record is a line of JSON or a row of Parquet, and its
+    number is that of the line or row, from 0."""
     with as_user_error(f"{path} cannot be read", "check the file"):
         content = path.read_bytes()
-        if content.startswith(b"PAR1"):  # Parquet
+        if content.startswith(b"PAR1"):  # as all Parquet files do
             table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
             return list(enumerate(table.to_pylist()))
     records = []
@@ -217,22 +217,23 @@ def read_records(path):
 
 
 def check_record(where, number, record, style):
-    """Raise UserError, which names everything that is wrong with a record, if it is unusable."""
+    """Raise UserError with a list of everything that is wrong with a record, if anything is."""
     if not isinstance(record, dict):
         raise UserError(f"{where} is not a JSON object; correct or delete the line")
     wrong = []
-    for key in ["ctx"] if style == "completion" else ["ctx", "activity_label"]:
-        if not is_text(record.get(key)):
-            wrong.append(f"{key} is missing, empty or not text")
-    for key in [] if style == "completion" else ["ctx_a", "ctx_b"]:  # they may be missing or empty
-        if not isinstance(record.get(key, ""), str):
+    if not is_text(record.get("ctx")):
+        wrong.append("ctx is missing, empty or not text")
+    if style == "harness" and not is_text(record.get("activity_label")):
+        wrong.append("activity_label is missing, empty or not text")
+    for key in ("ctx_a", "ctx_b"):  # either may be empty, and both may be missing
+        if style == "harness" and not isinstance(record.get(key, ""), str):
             wrong.append(f"{key} is not text")
     endings = record.get("endings")
     if not isinstance(endings, list) or len(endings) != 4:
         wrong.append("endings is missing or is not a list of four")
-    elif not all(is_text(ending) and is_text(clean(ending, style)) for ending in endings):
+    elif not all(is_text(ending) and clean(ending, style).strip() for ending in endings):
         wrong.append("an ending is empty or not text")
-    if str(record.get("label")) not in ("0", "1", "2", "3"):  # an int, or text as on the hub
+    if str(record.get("label")) not in ("0", "1", "2", "3"):  # int, or text as on the hub
         wrong.append("label is missing or is not 0, 1, 2 or 3")
     if not re.fullmatch("[0-9]{1,9}", str(record.get("ind", number))):
         wrong.append("ind is not a whole number")
@@ -249,7 +250,7 @@ def has_parts(record):
 
 
 def clean(text, style):
-    """The text after the harness's substitutions, in its order; unchanged in style completion."""
+    """In style harness, the text after the harness's substitutions, in its order."""
     if style == "completion":
         return text
     text = text.strip()
@@ -288,18 +289,19 @@ def encode(number, record, style):
 
 @dataclass
 class Row:
-    """The context and the endings of an item, side by side, so that the model reads the context
-    once and not four times. As an example, take the context C D and the endings `a b`, `e f g`,
-    and two more, which follow in the same way:
+    """An item as a row of a batch: the context, and then all four endings side by side, so that the
+    model reads the context once and not four times. If the context is C D, and the first endings
+    are `a b` and `e f g`, the row begins
 
         columns      0  1  2  3  4
-        tokens       C  D  a  e  f    (the last token of an ending is predicted, but not read)
-        predicts        a  b  f  g
+        tokens       C  D  a  e  f    the last token of an ending is predicted, but not read
+        predicted       a  b  f  g
                         e
-        positions    0  1  2  2  3    (each ending starts right after the context)
-        segments     0  0  1  2  2    (0: the context, 1 to 4: the endings)
+        positions    0  1  2  2  3    each ending starts right after the context
+        segments     0  0  1  2  2    0 is the context, 1 to 4 are the endings
 
-    An ending may look at the context and at itself, but not at the other endings:
+    An ending sees the context and itself, but not the other endings. This is the mask, with an x
+    where the token on the left sees the token above:
 
                      C  D  a  e  f
                 C    x  .  .  .  .
@@ -308,14 +310,14 @@ class Row:
                 e    x  x  .  x  .
                 f    x  x  .  x  x
 
-    So the losses are the same as in four separate rows."""
+    So the losses are those of four separate rows."""
 
     tokens: list[int]
     positions: list[int]
     segments: list[int]
-    scored: list[int]  # the columns that predict tokens of endings, here 1 2, 1 3 4
-    targets: list[int]  # those tokens, here a b, e f g
-    slots: list[int]  # which ending each target belongs to: 4 * (number of the item) + ending
+    scored: list[int]  # columns that predict tokens of endings, here 1 2 1 3 4
+    targets: list[int]  # the predicted tokens, here a b e f g
+    slots: list[int]  # the ending of each target, here 0 0 1 1 1, plus 4 * number of the item
 
 
 def pack(number, item, block_size):
@@ -388,21 +390,20 @@ def to_tensors(rows, T):
 
 
 def attention_mask(segments):
-    """Which tokens may look at which: see Row. segments: (B, T). Returns (B, 1, T, T) bool."""
+    """The mask that Row describes, (B, 1, T, T) bool. segments: (B, T) int64."""
     column = torch.arange(segments.size(1), device=segments.device)
     causal = column[:, None] >= column
     query = segments[:, :, None]
     key = segments[:, None, :]
-    # Padding at the end of a row counts as context. No ending sees it, because it comes later.
+    # Padding has segment 0, like the context, but no ending sees it, because it comes last.
     return (causal & ((key == 0) | (key == query)))[:, None]
 
 
 def hidden_states(model, idx, positions, mask):
-    """What lm_head reads. idx, positions: (B, T) int64; mask: (B, 1, T, T) bool, True where a token
-    may look. Returns (B, T, C).
+    """The input of lm_head, (B, T, C). idx, positions: (B, T) int64; mask: (B, 1, T, T) bool.
 
-    train_gpt2.py's network has neither positions nor a mask, because training needs neither. So
-    this function calls its layers one by one."""
+    The forward pass of train_gpt2.py's network takes neither positions nor a mask, because training
+    needs neither. So this function calls the layers of that network one by one."""
     transformer = model.transformer
     if is_transformers_model(model):
         return transformer(idx, position_ids=positions, attention_mask=mask)[0]
@@ -422,15 +423,15 @@ def hidden_states(model, idx, positions, mask):
 
 
 def is_transformers_model(model):
-    return hasattr(model.config, "model_type")
+    return hasattr(model.config, "model_type")  # train_gpt2.py's GPTConfig has none
 
 
 def centred_head(model, device):
-    """lm_head's weight, (V, C), minus the mean of its rows, in the precision of the matrix products.
+    """lm_head's weight minus the mean of its rows, (V, C), in the precision of matrix products.
 
-    This changes all V logits of a token equally, so the probabilities stay the same. But OpenAI's
-    logits lie near -100, where bfloat16 rounds by up to 0.25. Without their mean, few exceed 16,
-    and below 16 it rounds by at most 0.03."""
+    The mean changes all logits of a position equally, so the probabilities stay the same. But
+    bfloat16 rounds logits near -100, which OpenAI's models have, by up to 0.25. Without their mean
+    the logits are closer to 0, and below 16 it rounds by at most 0.03."""
     weight = model.lm_head.weight
     weight = weight - weight.mean(0)
     if torch.is_autocast_enabled(device.type):
@@ -445,26 +446,25 @@ def token_losses(model, grid, scored, head=None):
     where, targets = scored
     if head is None:
         head = centred_head(model, idx.device)
-    # cuDNN, which PyTorch prefers on Hopper, has silently given wrong results with masks.
+    # Not cuDNN, PyTorch's first choice on Hopper: with masks it has silently been wrong.
     kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels) if idx.is_cuda else nullcontext():
         hidden = hidden_states(model, idx, positions, attention_mask(segments))
-    hidden = hidden.flatten(0, 1)[where]  # (S, C)
-    n = 64 if idx.is_cpu else 1024  # (n, V) logits at a time: all take gigabytes
-    losses = []
-    for hidden_part, targets_part in zip(hidden.split(n), targets.split(n)):
-        logits = F.linear(hidden_part, head).float()
-        losses.append(F.cross_entropy(logits, targets_part, reduction="none"))
-    return torch.cat(losses)
+    hidden = hidden.flatten(0, 1)[where].to(head.dtype)  # (S, C)
+    # Cross entropy is log(sum(exp(logits))) - logits[target].
+    logits = (F.linear(hidden, part).float() for part in head.split(VOCAB_SLICE))
+    log_sums = torch.stack([part.logsumexp(1) for part in logits])
+    target_logits = (hidden.float() * head[targets].float()).sum(1)
+    losses = log_sums.logsumexp(0) - target_logits  # (S,)
+    return losses.clamp(min=0)  # rounding can make the loss of an almost certain token negative
 
 
 @torch.no_grad()
 def score(model, items, device, token_budget=None, progress=False):
     """The summed loss of each ending in nats, (len(items), 4) float64 on the CPU, in the order of
-    `items`. Scoring stops at the first batch with a loss that is not finite; the table then has
-    that loss, and zeros for what was not scored.
+    `items`. If a loss is not finite, scoring stops, and the remaining sums are incomplete.
 
-    model: train_gpt2.py's GPT, or transformers' GPT2LMHeadModel, on `device`. It is in eval mode
+    model: train_gpt2.py's GPT or transformers' GPT2LMHeadModel, on `device`. It is in eval mode
     during the call. The caller's autocast applies. No random numbers are drawn.
     token_budget: the number of tokens in a batch, including padding."""
     if is_transformers_model(model) and model.config._attn_implementation != "sdpa":
@@ -501,13 +501,13 @@ def show_progress(bar, items, losses, finished):
         try:
             bar.set_postfix(acc_norm=f"{right[finished].double().mean():.4f}", refresh=False)
             bar.update(int(finished.sum()) - bar.n)
-        except OSError:  # the terminal was closed, or stderr is a pipe that nobody reads any more
+        except OSError:  # the terminal or the pipe that shows it was closed
             bar.disable = True
 
 
 def picks(items, losses):
-    """The model's answers by the lowest loss, and by the lowest loss per unit of length: two int64
-    tensors, (len(items),) each. losses: (len(items), 4)."""
+    """The endings with the lowest loss, and those with the lowest loss per unit of length: two
+    tensors, (len(items),) int64. losses: (len(items), 4)."""
     lengths = torch.tensor([item.lengths for item in items])
     return losses.argmin(1), (losses / lengths).argmin(1)
 
@@ -531,9 +531,9 @@ class Result:
 
 
 def evaluate(model, items, device, rank=0, world_size=1, token_budget=None, progress=False):
-    """Score all items. Each process scores every world_size-th item, and all of them return the
-    same Result. All must call this with the same items; the other arguments are those of `score`.
-    Raises UserError in all processes if a loss is not finite."""
+    """Score all items. All processes call this with the same items; each scores every
+    world_size-th item, and all return the same Result. The other arguments are those of `score`.
+    Raises UserError, in all processes alike, if a loss is not finite."""
     rooms = [context_room(item, context_size(model)) for item in items]
     truncated = sum(len(item.context) > room for item, room in zip(items, rooms))
     losses = torch.zeros(len(items), 4, dtype=torch.float64)
@@ -546,8 +546,8 @@ def evaluate(model, items, device, rank=0, world_size=1, token_budget=None, prog
         losses = losses.cpu()
     for item, values in zip(items, losses.tolist()):
         if not all(math.isfinite(value) for value in values):
-            what = f"item {item.index} of HellaSwag has the losses {values}"
-            raise UserError(f"{what}; the model's weights or outputs are not finite")
+            what = f"HellaSwag item {item.index}: its losses are {values}"
+            raise UserError(f"{what}; check the model's weights, and --dtype")
     labels = torch.tensor([item.label for item in items])
     acc, acc_norm = [(pick == labels).double().mean().item() for pick in picks(items, losses)]
     return Result(acc, acc_norm, len(items), truncated, losses)
@@ -557,8 +557,8 @@ def evaluate(model, items, device, rank=0, world_size=1, token_budget=None, prog
 
 
 def temporary_path(path):
-    """Where to write a file before it is renamed to `path`. A pipe or a device is written directly.
-    Raises UserError if the file cannot be created there."""
+    """Where to write a file that is then renamed to `path`. For a pipe or a device this is `path`
+    itself. Raises UserError if no file can be created there."""
     with as_user_error(f"{path} cannot be written", "choose another --json"):
         if path.is_dir():
             raise ValueError("it is a directory")
@@ -572,8 +572,8 @@ def temporary_path(path):
 
 
 def save_records(path, items, losses):
-    """Write a JSON object per line: index, label, losses (four, in nats), lengths (four), pick and
-    pick_norm. The file appears when it is complete."""
+    """Write one JSON object per item: index, label, losses (four, in nats), lengths (four), pick
+    and pick_norm, which are the model's answers. The file appears when it is complete."""
     answers = [pick.tolist() for pick in picks(items, losses)]
     temporary = temporary_path(path)
     with as_user_error(f"{path} cannot be written", "choose another --json"):
@@ -593,8 +593,8 @@ def save_records(path, items, losses):
 
 
 def read_answers(path):
-    """Read a file that save_records wrote. Returns the (index, label) pairs, and whether acc_norm's
-    answer is right, (n,) int64."""
+    """Read a file that save_records wrote. Returns the (index, label) pairs of its n items, and for
+    each whether pick_norm is right, (n,) int64."""
 
     def refuse(constant):
         raise ValueError(f"it has the number {constant}")
@@ -608,9 +608,9 @@ def read_answers(path):
 
 
 def compare(a, b):
-    """The text that --compare prints about two files of save_records: the difference of acc_norm,
-    B minus A, and its 95% interval. The interval is narrower than those of A and B suggest, because
-    both models find the same items hard, and the difference is taken item by item."""
+    """The text that --compare prints: the difference of acc_norm between two files of save_records,
+    B minus A, and its 95% interval. The difference is taken item by item. That makes the interval
+    narrow, because the same items are hard for both models."""
     keys_a, right_a = read_answers(a)
     keys_b, right_b = read_answers(b)
     if keys_a != keys_b or not keys_a:
@@ -657,14 +657,14 @@ def load_gpt2(name_or_dir):
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in `info`, and check_weights refuses them
+            ignore_mismatched_sizes=True,  # check_weights refuses them
         )
     check_weights(name_or_dir, info)
     return model
 
 
 def check_name(name_or_dir):
-    """Raise UserError if there is no such model, or if the directory is of another kind."""
+    """Raise UserError if this is neither OpenAI's model nor a directory that can hold one."""
     folder = Path(name_or_dir)
     if not folder.is_dir():
         if str(name_or_dir).removeprefix("openai-community/") in OPENAI:
@@ -683,7 +683,7 @@ def check_name(name_or_dir):
 
 
 def check_settings(name, settings):
-    """Raise UserError if config.json, as a dict, is not that of a GPT-2."""
+    """Raise UserError if a config.json, given as a dict, describes another kind of model."""
     model_type = settings.get("model_type", "gpt2")
     if model_type != "gpt2":
         raise UserError(f"{name} is a {model_type}, not a GPT-2; give the directory of a GPT-2")
@@ -700,7 +700,7 @@ def check_weights(name, info):
         "of another shape": [found[0] for found in info["mismatched_keys"]],
     }
     for problem, found in names.items():
-        # Old files hold masks as well.
+        # Old files also hold masks, under these names.
         found = sorted(x for x in found if not x.endswith((".attn.bias", ".attn.masked_bias")))
         if found:
             some = ", ".join(found[:2]) + (", ..." if len(found) > 2 else "")
@@ -754,7 +754,7 @@ def run(config):
     try:
         if config.json:
             save_records(config.json, items, result.losses)
-    finally:  # whatever fails, the file or the screen, the other one has the result
+    finally:  # if the file cannot be written, the screen still shows the result
         if result.truncated:
             print(f"{result.truncated} items were too long and lost the beginning of their context")
         print(f"{config.model}, style {config.style}, {dtype} on {device}:\n{result}", flush=True)
@@ -762,7 +762,7 @@ def run(config):
 
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # as it is after >&-
+        if hasattr(stream, "reconfigure"):  # not if it is closed, or in a notebook
             stream.reconfigure(errors="replace")  # not every encoding has "±"
     config = tyro.cli(Config, args=argv, description=__doc__)
     try:

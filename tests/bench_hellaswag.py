@@ -109,7 +109,7 @@ def main():
     add("--repeats", type=int, default=3, help="of each form, interleaved; medians are printed")
     add("--threads", type=int, default=0, help="CPU threads; 0 = PyTorch's choice")
     add("--device", default="auto")
-    add("--other", type=Path, help="another checkout, whose hellaswag.py is timed in turn with ours")
+    add("--other", type=Path, help="another checkout, whose hellaswag.py is timed as well")
     add("--cpu_time", action="store_true", help="CPU seconds, for a machine that others use, too")
     add("--dtypes", nargs="+", default=["float32", "bfloat16"], help="precisions")
     args = parser.parse_args()
