@@ -327,7 +327,7 @@ class TokenArray:
         self.ends = np.cumsum([len(shard) for shard in shards]).tolist()
 
     def __len__(self):
-        return self.ends[-1]
+        return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, window):
         start, stop, _ = window.indices(len(self))
@@ -348,8 +348,12 @@ class TokenArray:
 
 
 def open_tokens(data_dir, split):
-    """All shards of a split, "train" or "val", as one TokenArray."""
-    return TokenArray(open_shards(data_dir, split), data_dir)
+    """All shards of a split, "train" or "val", as one TokenArray, which is empty if there are none.
+    UserError if the shards are not as their manifest says."""
+    paths = list_shards(data_dir)
+    if any(SHARD_NAME.match(path.name)[1].lower() == split for path in paths):
+        return TokenArray(open_shards(data_dir, split), data_dir)
+    return TokenArray([], data_dir)
 
 
 def describe_shards(data_dir):
