@@ -131,9 +131,7 @@ def test_every_setting_is_in_a_list():
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_setting_that_is_changed_at_a_resume_has_an_effect(
-    stopped, undisturbed, tmp_path, name
-):
+def test_a_setting_that_is_changed_at_a_resume_has_an_effect(stopped, undisturbed, tmp_path, name):
     flags, effect = CHANGES[name]
     other = write_shards(tmp_path / "other", seed=1) if "{other}" in flags else ""
     items = hellaswag_file(tmp_path / "items.jsonl") if "{items}" in flags else ""
@@ -240,7 +238,7 @@ def test_resume_without_a_checkpoint_says_so_and_keeps_the_log(shards, tmp_path)
     out = tmp_path / "out"
     train(shards, out, "--max_steps", 2, "--save_every", 0, "--save_minutes", 0)
     old = (out / "log.txt").read_text()
-    for number in (1, 2):
+    for _ in range(2):
         done = train(shards, out, "--resume", "--max_steps", 1, "--save_every", 0)
         assert "there is no checkpoint, so training starts again" in done.stdout
         shutil.rmtree(out / "step_00001")
@@ -346,7 +344,7 @@ def test_a_signal_during_validation_skips_what_follows_and_loses_nothing(
 
 
 def test_a_terminal_that_closes_ends_the_run_as_its_signal_does(base, tmp_path):
-    """The process gets SIGHUP, and printing to the terminal fails. The step is saved all the same."""
+    """The process gets SIGHUP, and printing to the terminal fails. The step is still saved."""
     out, number = tmp_path / "out", signal.SIGHUP
     args = [*TINY, *QUIET, *STEPS, "--micro_batch_size", 4, "--max_steps", 100000]
     args += ["--data_dir", base[0], "--out_dir", out]
