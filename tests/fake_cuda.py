@@ -1,16 +1,17 @@
-"""What test_without_gpu.py runs in a process of its own: GPT-2's training on tensors of a CUDA
-device that only pretends. They have shapes, dtypes and a device, but no numbers: whatever would
-wait for one, as .item() does, raises.
+"""GPT-2's training on a pretended CUDA device; test_without_gpu.py runs this script in a process of
+its own. The tensors have shapes, dtypes and a device, but no values: whatever needs a value, as
+.item() does, raises an error.
 
-    python tests/fake_cuda.py fake_cuda.so  # made of fake_cuda.cpp, for a CPU build of PyTorch
+    python tests/fake_cuda.py fake_cuda.so  # compiled from fake_cuda.cpp; needs no GPU
 """
 
 import ctypes
+import os
 import sys
 import weakref
 from pathlib import Path
 
-ctypes.CDLL(sys.argv[1])  # before torch
+library = ctypes.CDLL(sys.argv[1])  # before torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import hellaswag  # noqa: E402
 import train_gpt2 as T  # noqa: E402
 
+library.pretend()
 common.amp_definitely_not_available = lambda: False
 torch.cuda.is_bf16_supported = lambda including_emulation=True: True
 DEVICE = torch.device("cuda", 0)
@@ -60,20 +62,23 @@ class Memory(TorchDispatchMode):
         self.now -= n
 
 
-def a_step_never_waits(model):
-    """In each precision; devices and dtypes agree, or the fake tensors would raise."""
+def a_step_waits_once(model):
+    """For its norm, in each precision. Devices and dtypes agree; otherwise fake tensors raise."""
+    waits = []
+    torch.Tensor.isfinite = lambda norm: waits.append(norm) or True
     optimizer = model.configure_optimizers(0.1, 6e-4)
     tokens = torch.zeros(8, 1025, dtype=torch.int64, device=DEVICE)
     batches = [(tokens[:, :-1], tokens[:, 1:])] * 2
     for name in ("float32", "bfloat16", "float16"):
         autocast = torch.autocast("cuda", getattr(torch, name), enabled=name != "float32")
-        scaler = T.make_scaler(name, DEVICE)
+        scaler = torch.amp.GradScaler("cuda", enabled=name == "float16")
         loss, norm = T.training_step(model, batches, optimizer, scaler, autocast, 1.0)
-        loss, stop = T.mean_over_processes(loss, 1)
-        for tensor in (loss, norm, stop):
+        for tensor in (T.all_reduce_mean(loss), norm):
             assert tensor.device == DEVICE and tensor.dtype == torch.float32
+        assert len(waits) == 1 and waits.pop() is norm
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())
-        optimizer.zero_grad()
+    optimizer.zero_grad()
+    del torch.Tensor.isfinite  # which uncovers the real one
 
 
 def masks_keep_away_from_cudnn(model):
@@ -83,9 +88,9 @@ def masks_keep_away_from_cudnn(model):
     grid = torch.zeros(3, 2, 64, dtype=torch.int64, device=DEVICE)
     with torch.no_grad():
         hellaswag.token_losses(model, grid, torch.zeros(2, 9, dtype=torch.int64, device=DEVICE))
-        decode = T.CachedDecoder(model)
-        decode(grid[0, :, :7])
-        decode(grid[0, :, :8])
+        cache = T.KVCache(model)
+        cache.next_logits(grid[0, :, :7])
+        cache.next_logits(grid[0, :, :8])
     layers = len(model.transformer.h)
     assert attended == [(True, False)] * layers + [(False, True)] * 2 * layers, attended
 
@@ -101,16 +106,18 @@ def micro_batch(model, gigabytes):
         free = int(gigabytes * 1e9) - weights - 500_000_000  # and CUDA's own
         torch.cuda.mem_get_info = lambda device: (free, None)
         torch.cuda.empty_cache = lambda: None
+        torch.cuda.get_device_name = lambda device: "pretended GPU"
         autocast = torch.autocast("cuda", torch.bfloat16)
-        return T.pick_micro_batch_size(T.Config(), model, 1, autocast)
+        return T.pick_micro_batch_size(T.Args(), model, 1, autocast)
 
 
 F.scaled_dot_product_attention = flash
 with FakeTensorMode(allow_non_fake_inputs=True):
     with DEVICE:
         small, gpt2 = (T.GPT(T.GPTConfig(vocab_size=50304, n_layer=n)) for n in (2, 12))
-    a_step_never_waits(small)
+    a_step_waits_once(small)
     masks_keep_away_from_cudnn(small)
     tensor = torch.tensor
     torch.tensor = lambda value, device: value  # the number of sequences must be a real one
-    print({gigabytes: micro_batch(gpt2, gigabytes) for gigabytes in (16, 24, 40, 80, 141)})
+    print({size: micro_batch(gpt2, size) for size in (16, 24, 40, 80, 141)}, flush=True)
+os._exit(0)  # a CUDA build aborts in a normal exit, because it has no real device to release

@@ -1,5 +1,5 @@
-"""What goes in and out of a run by other doors: other tools that open a checkpoint, presets of
-settings, other vocabularies, what watches a run, machines that are not this one."""
+"""Other ways into a run and out of it: other tools that open a checkpoint, presets of settings,
+other vocabularies, TensorBoard and Weights & Biases, machines that are not this one."""
 
 import errno
 import io
@@ -12,31 +12,38 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import log_of, refused, run_here, train, write_shards
+from conftest import FAULTS, log_of, refused, run_here, train, write_shards
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 from transformers import AutoTokenizer, TopPLogitsWarper, pipeline
 
 import hellaswag
 import train_gpt2
 from fineweb import tokenizer
-from train_gpt2 import GPT, Config, GPTConfig, find_checkpoints, parse
+from train_gpt2 import (
+    GPT,
+    Args,
+    GPTConfig,
+    find_checkpoints,
+    parse,
+    save_hugging_face,
+)
 
 # -- other tools open a checkpoint as it is
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(model, directory) of a random GPT-2 whose likeliest tokens are far from a tie."""
+    """(model, directory) of a random GPT-2 whose most likely tokens are far from a tie."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=128, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
     with torch.no_grad():
         model.transformer.wte.weight *= 20
     directory = tmp_path_factory.mktemp("saved") / "step_00001"
-    model.save_pretrained(directory)
+    save_hugging_face(model, directory)
     return model, directory
 
 
-@pytest.mark.faults
+@FAULTS
 def test_auto_tokenizer_equals_tiktoken_on_every_code_point(saved):
     theirs, ours = AutoTokenizer.from_pretrained(saved[1]), tokenizer()
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
@@ -54,14 +61,14 @@ def test_auto_tokenizer_equals_tiktoken_on_a_corpus(saved):
         assert theirs(text)["input_ids"] == tokenizer().encode_ordinary(text)
 
 
-def test_pipeline_continues_as_we_do(saved):
-    """One prompt, and a batch of two of different lengths; greedy, token for token."""
+def test_a_pipeline_generates_what_generate_does(saved):
+    """The most likely tokens: of one prompt, and of a batch with prompts of different lengths."""
     model, directory = saved
     prompts = ["Hello, I'm a language model,", "Once"]
     write = pipeline("text-generation", str(directory))
-    how = dict(do_sample=False, max_new_tokens=12, return_tensors=True)
-    one = [write(prompt, **how)[0] for prompt in prompts]
-    two = [found[0] for found in write(prompts, batch_size=2, **how)]
+    options = dict(do_sample=False, max_new_tokens=12, return_tensors=True)
+    one = [write(prompt, **options)[0] for prompt in prompts]
+    two = [found[0] for found in write(prompts, batch_size=2, **options)]
     for prompt, *found in zip(prompts, one, two):
         ids = tokenizer().encode_ordinary(prompt)
         ours = model.generate(torch.tensor([ids]), 12, temperature=0)[0, len(ids) :].tolist()
@@ -72,13 +79,13 @@ def test_pipeline_continues_as_we_do(saved):
 def test_no_tokenizer_for_another_vocabulary(tmp_path):
     for vocab_size in (65, 50400):
         model = GPT(GPTConfig(block_size=8, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=4))
-        model.save_pretrained(tmp_path / str(vocab_size))
+        save_hugging_face(model, tmp_path / str(vocab_size))
         names = {path.name for path in (tmp_path / str(vocab_size)).iterdir()}
         assert names == {"config.json", "model.safetensors"}
 
 
 def test_lm_evaluation_harness_agrees(saved, tmp_path, monkeypatch):
-    """Its own hellaswag task, given items that are made here, against --style harness."""
+    """Its own hellaswag task, on items that are made here, compared with --style harness."""
     lm_eval = pytest.importorskip("lm_eval")
     import datasets
     from lm_eval.models.huggingface import HFLM
@@ -123,8 +130,9 @@ def test_a_step_of_gold_distils_from_another_tokenizer(saved, tmp_path):
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    form = dict(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    tok.train_from_iterator(["the cat sat on the mat " * 20], trainers.BpeTrainer(**form))
+    special = ["<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    tok.train_from_iterator(["the cat sat on the mat " * 20], trainer)
     names = dict(bos_token="<s>", eos_token="</s>")
     PreTrainedTokenizerFast(tokenizer_object=tok, **names).save_pretrained(teacher)
     shape |= dict(num_hidden_layers=1, num_attention_heads=2, bos_token_id=0, eos_token_id=1)
@@ -132,9 +140,15 @@ def test_a_step_of_gold_distils_from_another_tokenizer(saved, tmp_path):
     pairs = Dataset.from_list([dict(prompt="the cat", completion=" sat on the mat")] * 4)
     args = gold.GOLDConfig(
         str(tmp_path / "distilled"),
-        **dict(teacher_tokenizer_name_or_path=teacher, use_uld_loss=True, use_cpu=True),
-        **dict(max_length=64, max_completion_length=8, max_steps=1, report_to=[]),
-        **dict(per_device_train_batch_size=2, learning_rate=1e-3),
+        teacher_tokenizer_name_or_path=teacher,
+        use_uld_loss=True,
+        use_cpu=True,
+        max_length=64,
+        max_completion_length=8,
+        max_steps=1,
+        report_to=[],
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
     )
     trainer = gold.GOLDTrainer(str(saved[1]), teacher, args, train_dataset=pairs)
     before = trainer.model.transformer.wte.weight.detach().clone()
@@ -148,19 +162,19 @@ def test_a_step_of_gold_distils_from_another_tokenizer(saved, tmp_path):
 
 def test_a_checkpoint_is_saved_where_folders_cannot_be_opened(base, tmp_path, monkeypatch):
     """As on Windows: os.open refuses a directory, and os.fsync a handle that only reads."""
-    plain_open, plain_fsync = os.open, os.fsync
+    original_open, original_fsync = os.open, os.fsync
 
     def open_file(path, *args, **kw):
         if os.path.isdir(path):
             raise PermissionError(errno.EACCES, "Permission denied", path)
-        return plain_open(path, *args, **kw)
+        return original_open(path, *args, **kw)
 
     def fsync(number):
         import fcntl
 
         if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise OSError(errno.EBADF, "Bad file descriptor")
-        return plain_fsync(number)
+        return original_fsync(number)
 
     monkeypatch.setattr(os, "open", open_file)
     monkeypatch.setattr(os, "fsync", fsync)
@@ -172,13 +186,13 @@ OLD = SimpleNamespace(name="Tesla P100", major=6, minor=0)
 
 
 @pytest.mark.parametrize("error", [TritonMissing(None), GPUTooOldForTriton(OLD, None)])
-def test_compiling_without_triton(base, tmp_path, monkeypatch, error):
+def test_compiling_without_triton_is_refused(base, tmp_path, monkeypatch, error):
     def compile(*args, **kw):
         raise error
 
     monkeypatch.setattr(torch, "compile", compile)
     done = train(base[0], tmp_path / "out", "--compile", check=False)
-    refused(done, "torch.compile cannot work here")
+    refused(done, "torch.compile does not work here")
     assert "add --no-compile" in done.stderr
 
 
@@ -189,7 +203,7 @@ def settings(*flags):
     return asdict(parse(["--device", "cpu", *map(str, flags)])[0])
 
 
-TABLE = {  # GPT-3 table 2.1: rate, batch in tokens, here rounded to powers of two; its context
+TABLE = {  # GPT-3 table 2.1: learning rate, batch in tokens (rounded to powers of two), context
     "gpt2": (6e-4, 2**19, 1024),
     "gpt2-medium": (3e-4, 2**19, 1024),
     "gpt2-large": (2.5e-4, 2**19, 1024),
@@ -199,7 +213,7 @@ TABLE = {  # GPT-3 table 2.1: rate, batch in tokens, here rounded to powers of t
 
 
 @pytest.mark.parametrize("name, row", TABLE.items())
-def test_sizes_bring_their_rates(name, row):
+def test_a_size_sets_its_learning_rate_and_batch(name, row):
     found = settings("--model", name)
     assert (found["max_lr"], found["total_batch_size"], found["seq_len"]) == row
     assert found["min_lr"] == pytest.approx(0.1 * row[0])
@@ -207,6 +221,7 @@ def test_sizes_bring_their_rates(name, row):
     assert found["warmup_steps"] * row[1] == pytest.approx(375e6, rel=1e-2)
     other = settings("--model", name, "--max_lr", 1e-3, "--total_batch_size", 1024)
     assert (other["max_lr"], other["total_batch_size"]) == (1e-3, 1024)
+    assert settings(f"--model={name}")["max_lr"] == row[0]
 
 
 def test_the_effective_settings_are_printed(base, tmp_path):
@@ -217,23 +232,36 @@ def test_the_effective_settings_are_printed(base, tmp_path):
 
 
 def test_gpt3_has_a_context_of_2048():
-    shape = train_gpt2.SIZES["gpt3-125M"]
-    config = Config(**settings("--model", "gpt3-125M", "--n_layer", 1, "--n_embd", 12))
-    assert shape == train_gpt2.SIZES["gpt2"]
-    assert train_gpt2.build_model(config).config.block_size == 2048
+    args = Args(**settings("--model", "gpt3-125M", "--n_layer", 1, "--n_embd", 12))
+    assert train_gpt2.SIZES["gpt3-125M"] == train_gpt2.SIZES["gpt2"]
+    assert train_gpt2.build_model(args).config.block_size == 2048
+
+
+def test_presets_can_be_combined_and_resumed(tmp_path, monkeypatch):
+    """A flag counts more than --demo, --demo more than --finetune, and that more than --model. A
+    run is resumed in the folder that the preset trains in."""
+    monkeypatch.chdir(tmp_path)
+    found = settings("--finetune", "--model", "gpt2-xl", "--epochs", 0)
+    assert (found["max_lr"], found["max_steps"], found["out_dir"]) == (3e-5, 9537, "tuned")
+    assert found["init_from"] == "gpt2"
+    found = settings("--demo", "--finetune", "--epochs", 0, "--max_lr", 1e-3, "--sample_only")
+    assert (found["max_lr"], found["n_layer"], found["val_every"]) == (1e-3, 4, 90)
+    asked = []
+    monkeypatch.setattr(train_gpt2, "newest_checkpoint", lambda out_dir, _: asked.append(out_dir))
+    settings("--finetune", "--resume", "--epochs", 0)
+    settings("--demo", "--resume", "--sample_only")
+    settings("--resume", "--demo", "--out-dir", "mine", "--sample_only")
+    assert asked == ["tuned", "demo/log", "mine"]
 
 
 def test_a_fine_tune_ends(base, tmp_path, capsys):
-    """Two epochs of the 6,000 tokens, in the batch that is given; the rate stays after warm-up;
-    every flag overrides; resuming remembers."""
+    """--finetune trains for two epochs of the 6,000 tokens, with a constant learning rate after
+    warm-up. Other flags override it, and a resumed run keeps its settings."""
     shards, out, _ = base
     given = ["--finetune", "--init_from", out / "step_00008", "--data_dir", shards]
     found = settings(*given)
-    assert (found["max_steps"], found["total_batch_size"], found["hellaswag_every"]) == (
-        1,
-        32768,
-        0,
-    )
+    assert (found["max_steps"], found["total_batch_size"]) == (1, 32768)
+    assert found["hellaswag_every"] == 0
     flags = "--seq_len 32 --dtype float32 --device cpu --total_batch_size 1024".split()
     done = run_here(
         *given, *flags, "--out_dir", tmp_path / "out", "--max_lr", 1e-3, "--min_lr", 1e-3
@@ -242,6 +270,8 @@ def test_a_fine_tune_ends(base, tmp_path, capsys):
     assert "12 steps are 2.05 epochs" in done.stdout and list(log["train"]) == list(range(12))
     assert set(list(log["lr"].values())[3:]) == {1e-3}
     assert log["val"][12] < log["val"][0] - 0.1
+    without = settings("--finetune", "--data_dir", shards)
+    assert without["init_from"] == "gpt2" and found["init_from"] == str(out / "step_00008")
     assert settings(*given, "--max_steps", 7)["max_steps"] == 7
     assert settings(*given, *flags, "--epochs", 1)["max_steps"] == 6
     again = ["--resume", "--out_dir", tmp_path / "out"]
@@ -260,7 +290,7 @@ def test_many_epochs_are_warned_about(tmp_path):
     assert "are many" not in done.stdout
 
 
-# -- watching a run
+# -- TensorBoard, Weights & Biases, run.json
 
 
 def test_run_json_has_an_entry_for_each_start(base, tmp_path):
@@ -269,12 +299,51 @@ def test_run_json_has_an_entry_for_each_start(base, tmp_path):
     run_here("--resume", "--out_dir", tmp_path / "out", "--max_steps", 3)
     first, second = json.loads((tmp_path / "out/run.json").read_text())
     assert (first["first_step"], second["first_step"]) == (0, 2)
-    assert first["config"]["max_steps"] == 2 and second["config"]["max_steps"] == 3
-    assert first["versions"]["torch"] == torch.__version__ and "device" in first["versions"]
+    assert first["args"]["max_steps"] == 2 and second["args"]["max_steps"] == 3
+    assert first["versions"]["torch"] == torch.__version__
+    assert first["machine"] == [1, "cpu", "float32"] and first["micro_batch_size"] == 4
     assert set(first["shards"]) == {path.name for path in shards.iterdir()}
 
 
-def test_tensorboard_has_the_log(base, tmp_path):
+@pytest.fixture
+def writers(monkeypatch):
+    """The list of the SummaryWriters that runs make; they stand in for TensorBoard's."""
+    made = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            self.folder, self.purge_step, self.scalars = folder, purge_step, {}
+            made.append(self)
+
+        def add_scalar(self, stream, value, step):
+            self.scalars.setdefault(stream, {})[step] = value
+
+        def flush(self):
+            pass
+
+    module = SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    return made
+
+
+def test_tensorboard_gets_what_the_log_gets(base, tmp_path, writers):
+    """Also after resuming, when it drops what it has from the first step on."""
+    out = tmp_path / "out"
+    train(base[0], out, "--tensorboard", "--save_every", 4)
+    run_here("--resume", "--out_dir", out, "--max_steps", 9, "--val_every", 2)
+    first, second = writers
+    assert first.folder == second.folder == out / "tensorboard"
+    assert (first.purge_step, second.purge_step) == (0, 8)
+    log = log_of(out)
+    assert set(log) == {"train", "val", "lr", "norm", "speed"}
+    for stream, values in log.items():
+        before = {step: v for step, v in first.scalars[stream].items() if step < 8}
+        assert before | second.scalars[stream] == pytest.approx(values, abs=1e-9), stream
+    assert second.scalars["val"].keys() == {8, 9}
+
+
+def test_tensorboard_reads_what_is_written(base, tmp_path):
+    """With the real package, where it is installed."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -287,12 +356,40 @@ def test_tensorboard_has_the_log(base, tmp_path):
         assert found == pytest.approx(values, rel=1e-6), stream
 
 
+def test_wandb_gets_what_the_log_gets(base, tmp_path, monkeypatch):
+    """Every start is a run of its own, in one group per folder."""
+    runs, sent = [], {}
+
+    def init(**settings):
+        runs.append(settings)
+
+        def log(values, step):
+            for stream, value in values.items():
+                sent.setdefault(stream, {})[step] = value
+
+        return SimpleNamespace(log=log)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    out = tmp_path / "out"
+    train(base[0], out, "--wandb", "mine", "--save_every", 4)
+    run_here("--resume", "--out_dir", out, "--max_steps", 9)
+    assert [run["project"] for run in runs] == ["mine", "mine"]
+    assert [run["group"] for run in runs] == [str(out)] * 2
+    assert [run["name"] for run in runs] == [f"{out} from step 0", f"{out} from step 8"]
+    assert [run["config"]["max_steps"] for run in runs] == [8, 9]
+    log = log_of(out)
+    assert sent.keys() == log.keys()
+    for stream, values in log.items():
+        assert {step: sent[stream][step] for step in values} == pytest.approx(values, abs=1e-9)
+
+
 def test_wandb_offline(base, tmp_path, monkeypatch):
+    """With the real package, where it is installed."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    sent, plain = [], wandb.Run.log
+    sent, original = [], wandb.Run.log
     monkeypatch.setattr(
-        wandb.Run, "log", lambda run, *a, **kw: (sent.append(a), plain(run, *a, **kw))
+        wandb.Run, "log", lambda run, *a, **kw: (sent.append(a), original(run, *a, **kw))
     )
     train(base[0], tmp_path / "out", "--wandb", "mine")
     wandb.finish()
@@ -304,23 +401,23 @@ def test_wandb_offline(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, module", [(["--tensorboard"], "tensorboard"), (["--wandb", "mine"], "wandb")]
 )
-def test_a_missing_package_is_said(base, tmp_path, monkeypatch, flags, module):
+def test_a_missing_package_is_refused(base, tmp_path, monkeypatch, flags, module):
     for name in [name for name in sys.modules if name.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     done = train(base[0], tmp_path / "out", *flags, check=False)
-    refused(done, f"{flags[0]} cannot work here")
+    refused(done, f"{flags[0]} cannot be used here")
     assert f"pip install {module}" in done.stderr
 
 
-# -- playing with a run
+# -- samples of a checkpoint
 
 
 def test_prompts_from_standard_input(base, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon\nThe cat\n"))
-    loads, plain = [], train_gpt2.build_model
-    monkeypatch.setattr(train_gpt2, "build_model", lambda *a: loads.append(a) or plain(*a))
+    loads, original = [], train_gpt2.build_model
+    monkeypatch.setattr(train_gpt2, "build_model", lambda *a: loads.append(a) or original(*a))
     weights = ["--init_from", base[1] / "step_00008", "--device", "cpu"]
     done = run_here("--sample_only", "--prompt", "-", *weights, "--sample_tokens", 3)
     starts = [line[:5] for line in done.stdout.splitlines() if line.startswith("> ")]
@@ -329,7 +426,7 @@ def test_prompts_from_standard_input(base, monkeypatch):
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9])
-def test_top_p_draws_what_transformers_would(top_p):
+def test_top_p_samples_from_the_same_tokens_as_transformers(top_p):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=2, n_embd=32))
     with torch.no_grad():
@@ -345,7 +442,7 @@ def test_top_p_draws_what_transformers_would(top_p):
 
 
 def test_ready_made_shards_of_llm_c(tmp_path):
-    """The names and format of FineWeb shards that others have put on the hub."""
+    """The names and the format of FineWeb shards that are on the hub."""
     folder, r = tmp_path / "edu", np.random.default_rng(0)
     folder.mkdir()
     for name in ("finewebedu_val_000000.bin", "finewebedu_train_000001.bin"):
@@ -359,7 +456,7 @@ def test_ready_made_shards_of_llm_c(tmp_path):
 
 
 def test_characters_as_tokens(tmp_path):
-    """The recipe of the README: a text's characters as ids into two shards, then training."""
+    """The README's recipe: the characters of a text are the ids in two shards."""
     text = "to be, or not to be: that is the question. " * 200
     table = sorted(set(text))
     ids = np.array([table.index(c) for c in text], dtype=np.uint16)

@@ -2,10 +2,12 @@
 that vanish. Tests that start many processes are marked `faults`, and
 `python -m pytest -n 0 -m faults` runs them."""
 
+import errno
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -295,38 +297,61 @@ def test_not_enough_memory(base, tmp_path):
     refused(done, "out of memory; choose a smaller --micro_batch_size")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function that mounts a file system of some kilobytes."""
-    mounted = []
+def test_a_folder_that_cannot_be_written(base, tmp_path, monkeypatch):
+    """A read-only file system, also for root; a folder without permission, for all others."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
 
-    def mount(name, kilobytes, *flags):
-        folder = tmp_path / name
-        folder.mkdir()
-        options = ",".join([f"size={kilobytes}k", *flags])
-        line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
-        if subprocess.run(line, capture_output=True).returncode:
-            pytest.skip("mounting a small file system needs root")
-        mounted.append(folder)
-        return folder
+    def only_to_read(function):
+        def call(path, *args, **kwargs):
+            if str(path).startswith(str(closed)):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return function(path, *args, **kwargs)
 
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("mkdir", "open"):
+            patch.setattr(os, name, only_to_read(getattr(os, name)))
+        for out in (closed / "out", closed):
+            refused(train(base[0], out, check=False), "Read-only file system")
+    if os.geteuid():  # root may write there
+        closed.chmod(0o555)
+        for out in (closed / "out", closed):
+            refused(train(base[0], out, check=False), "Permission denied")
+    assert not any(closed.iterdir())
 
 
-@FAULTS
-def test_a_folder_that_cannot_be_written(base, tmp_path, small_disk):
-    """T6, T18: read-only; no room for the log at the start, or later."""
-    shards, _, _ = base
-    read_only = small_disk("ro", 1000, "ro")
-    refused(train(shards, read_only / "out", check=False), "Read-only file system")
-    full = small_disk("full", 12)
-    (full / "ballast").write_bytes(bytes(4096))
-    flags = ["--max_steps", 1000, "--save_every", 0, "--val_every", 0]
-    done = train(shards, full / "out", *flags, check=False, alone=True)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_no_room_for_the_log(base, tmp_path, monkeypatch):
+    """T18: the disk is full from step 3 on; or log.txt is cut within a line. All complete records
+    before that stay."""
+    shards, out, _ = base
+    write = train_gpt2.Log.write
+
+    def fills_up(log, step, *args, **kwargs):
+        if step == 3:
+            with open("/dev/full", "w") as full:
+                os.dup2(full.fileno(), log.file.fileno())
+        write(log, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2.Log, "write", fills_up)
+        done = train(shards, tmp_path / "full", check=False)
     refused(done, "log.txt cannot be written (No space left on device); make room")
-    assert list(log_of(full / "out")["train"])[:3] == [0, 1, 2]  # what was written is whole
+    assert records(tmp_path / "full") == [line for line in records(out) if line[0] in "012"]
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        flags = ["--max_steps", 1000, "--save_every", 0, "--val_every", 0]
+        done = train(shards, tmp_path / "cut", *flags, check=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refused(done, "log.txt cannot be written (File too large); make room")
+    assert (tmp_path / "cut/log.txt").stat().st_size == 5000
+    steps = list(log_of(tmp_path / "cut")["train"])
+    assert len(steps) > 30 and steps == list(range(len(steps)))
 
 
 def test_notes_in_the_log_are_kept(base, tmp_path):

@@ -1,5 +1,6 @@
-"""fineweb.py: against a sequential reference, under kill -9, on a full disk, given bad input."""
+"""fineweb.py against a sequential reference, under kill -9, on full disks, with bad input."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -66,7 +67,7 @@ TEXTS[50] = " ".join(some_texts(40, seed=1))  # longer than three of the shards 
 
 
 def reference(texts, shard_size):
-    """All shards, the plain way."""
+    """The token ids of all shards, made by the simplest code."""
     ids = [i for text in texts for i in [EOT, *tokenizer().encode_ordinary(text)]]
     if len(ids) <= shard_size:
         return [ids[: len(ids) // 10], ids[len(ids) // 10 :]]
@@ -82,6 +83,7 @@ def write_parquet(path, texts, rows=10):
 
 def write_jsonl(path, records):
     records = [r if isinstance(r, dict) else {"text": r} for r in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
 
@@ -178,7 +180,7 @@ def test_saved_tokenizer_is_the_same_for_transformers(tmp_path):
 
 
 def test_fast_tokenizer_equals_tiktoken():
-    # Every character that there is, in several places.
+    # Every character of Unicode, in several places.
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     parts = [characters[i : i + 64] for i in range(0, len(characters), 64)]
     texts = ["".join(f"a{c}1 {c}!" for c in part) for part in parts]
@@ -186,19 +188,19 @@ def test_fast_tokenizer_equals_tiktoken():
     alphabet = [*map(chr, range(0x250)), *20 * often]
     r = random.Random(0)
     texts += SAMPLES + ["".join(r.choices(alphabet, k=r.randint(1, 40))) for _ in range(20_000)]
-    encode = fineweb.fast_tokenizer(0).encode
+    encode = fineweb.fast_encoder()
     assert [t for t in texts if encode(t).tolist() != tokenizer().encode_ordinary(t)] == []
 
 
 def test_a_wrong_fast_tokenizer_stops_the_run(tmp_path, monkeypatch):
-    class Wrong:
-        @staticmethod
-        def encode(text):
-            return np.array(tokenizer().encode_ordinary(text)[::-1], np.uint32)
+    def reversed_ids(text):
+        return np.array(tokenizer().encode_ordinary(text)[::-1], np.uint32)
 
-    monkeypatch.setattr(fineweb, "fast_tokenizer", lambda turn: Wrong)
+    encoder = functools.cache(lambda: reversed_ids)
+    monkeypatch.setattr(fineweb, "fast_encoder", encoder)
     (tmp_path / "a.txt").write_text("one two three")
-    with pytest.raises(UserError, match="a.txt: .* differ on 'one two three'; please report it$"):
+    words = "a.txt: .* differ on 'one two three'; .* please report it$"
+    with pytest.raises(UserError, match=words):
         build(Config(source=str(tmp_path / "a.txt"), out=str(tmp_path / "out"), workers=0))
 
 
@@ -231,11 +233,11 @@ def test_bytes_equal_reference_for_every_worker_count(source, tmp_path, format):
             path.write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
         for workers in (0, 1, 2, 3):
             assert (tmp_path / str(workers) / path.name).read_bytes() == path.read_bytes()
-        assert manifest["shards"][i]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert manifest.shards[i].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert open_shard(path).tolist() == ids and open_shard(path).dtype == np.uint16
     assert len({(tmp_path / str(w) / "manifest.json").read_bytes() for w in (0, 1, 2, 3)}) == 1
     assert len(data_files(tmp_path / "2")) == len(expected)
-    assert sum(s["documents"] for s in manifest["shards"]) == len(TEXTS)
+    assert sum(s.documents for s in manifest.shards) == len(TEXTS)
     verify(tmp_path / "2")
 
 
@@ -248,7 +250,7 @@ def test_script_spawns_workers_and_prints_a_summary(source, tmp_path):
     assert f"{total:,} tokens, 120 documents" in last_line(done.stdout)
 
 
-def test_every_kind_of_file(tmp_path):
+def test_every_type_of_file(tmp_path):
     lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode()
     (tmp_path / "x.jsonl").write_bytes(lines)
     members = [gzip.compress(lines[:5000]), gzip.compress(lines[5000:])]
@@ -273,12 +275,12 @@ def test_large_row_groups_are_cut(source, tmp_path, monkeypatch):
     """As pandas writes them; also resumed within one."""
     texts = some_texts(2500, seed=3)
     path = write_parquet(tmp_path / "x.parquet", texts, rows=2400)
-    monkeypatch.setattr(fineweb, "ROW_GROUP", 50_000)
+    monkeypatch.setattr(fineweb, "LARGE_ROW_GROUP", 50_000)
     make(path, tmp_path / "a", shard_size=30_000)
     make(path, tmp_path / "b", shard_size=30_000, workers=2)
     assert tokens_of(tmp_path / "a") == tokens_of(tmp_path / "b") == reference(texts, 30_000)
     chunks = fineweb.list_chunks([str(path)], "text", [0, 0, 0])
-    assert [type(content) for *_, (_, _, content) in chunks] == [list, list, list, int]
+    assert [len(chunk.load()) for chunk in chunks] == [1000, 1000, 400, 100]
 
 
 def test_text_column_and_other_types(tmp_path):
@@ -294,8 +296,8 @@ def test_text_column_and_other_types(tmp_path):
 @pytest.mark.skipif(not CORPUS.exists(), reason="needs real text in ../shared/data/corpus")
 def test_real_corpus(tmp_path):
     manifest = make(CORPUS / "*.parquet", tmp_path, shard_size=1_000_000, workers=2)
-    assert sum(s["tokens"] for s in manifest["shards"]) == 6_502_832
-    assert sum(s["documents"] for s in manifest["shards"]) == 1_279
+    assert sum(s.tokens for s in manifest.shards) == 6_502_832
+    assert sum(s.documents for s in manifest.shards) == 1_279
     columns = [pq.read_table(p).to_pydict() for p in sorted(CORPUS.glob("*.parquet"))]
     paths = list_shards(tmp_path, "val") + list_shards(tmp_path, "train")
     ids = np.concatenate([open_shard(path) for path in paths])
@@ -330,8 +332,8 @@ def documents(folder):
 
 
 def tree(folder, **files):
-    """Files by their name, where "__" stands for "/" and "_" for ".": their text, or what they link
-    to."""
+    """Make files. In their names "__" stands for "/" and "_" for "."; their contents are a text, or
+    the path to which they link."""
     for name, content in files.items():
         path = folder / name.replace("__", "/").replace("_", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -339,7 +341,7 @@ def tree(folder, **files):
     return folder
 
 
-def test_s1_files_and_row_groups_without_rows_hold_no_documents(tmp_path):
+def test_files_and_row_groups_without_rows_hold_no_documents(tmp_path):
     for i, texts in enumerate(([], ["one"], [])):
         write_parquet(tmp_path / f"in/{i}.parquet", texts)
     schema = pa.schema([("text", pa.string())])
@@ -351,14 +353,14 @@ def test_s1_files_and_row_groups_without_rows_hold_no_documents(tmp_path):
         make(tmp_path / "x.jsonl", tmp_path / "none")
 
 
-def test_s1_without_progress_bars(source, tmp_path, monkeypatch, capsys):
+def test_without_progress_bars(source, tmp_path, monkeypatch, capsys):
     """As TQDM_DISABLE=1 has it."""
     monkeypatch.setattr(fineweb, "tqdm", functools.partial(fineweb.tqdm, disable=True))
     make(source, tmp_path / "out")
     assert "tokens/s" in capsys.readouterr().out
 
 
-def test_s2_what_lies_in_out_is_no_source(tmp_path, capsys, monkeypatch):
+def test_files_in_out_are_not_a_source(tmp_path, capsys, monkeypatch):
     folder = tree(tmp_path / "b", a_txt="hello")
     for out in ("shards", "more"):  # nor are shards of an earlier run
         for source in (folder, f"{folder}/**", folder / "*"):
@@ -369,7 +371,7 @@ def test_s2_what_lies_in_out_is_no_source(tmp_path, capsys, monkeypatch):
         (folder / out / "notes.txt").unlink()
     tree(folder, link=folder / "shards")
     monkeypatch.chdir(folder)
-    make(".", "shards")  # said otherwise
+    make(".", "shards")  # the same folder by another name
     make("a.txt", "x")
     assert documents("x") == ["hello"]
     for _ in range(2):  # what is named itself is a source, though shards are written beside it
@@ -377,7 +379,7 @@ def test_s2_what_lies_in_out_is_no_source(tmp_path, capsys, monkeypatch):
     assert documents(".") == ["hello"]
 
 
-def test_s3_hidden_names_and_leftovers_are_no_text(tmp_path):
+def test_hidden_names_and_leftovers_are_not_text(tmp_path):
     folder = tree(tmp_path / "h", a_txt="one", b__c_txt="two")
     hidden = [".ipynb_checkpoints/a-checkpoint.txt", "b/__MACOSX/c.txt", "._a.txt", "~$a.txt"]
     hidden += ["b/.git/x.txt", "_temporary/0/a.txt"]
@@ -388,7 +390,7 @@ def test_s3_hidden_names_and_leftovers_are_no_text(tmp_path):
         make(source, tmp_path / f"out{i}")
         assert documents(tmp_path / f"out{i}") == ["one", "two"], source
     for i, source in enumerate((folder / hidden[0], (folder / hidden[0]).parent)):
-        make(source, tmp_path / f"named{i}")  # one's own words count
+        make(source, tmp_path / f"named{i}")  # a name that is spelled out counts
         assert documents(tmp_path / f"named{i}") == ["no"]
     make(tmp_path / "h", tmp_path / "s")
     for name in ("._text_val_000000.npy", ".text_train_000002.npy"):
@@ -396,7 +398,7 @@ def test_s3_hidden_names_and_leftovers_are_no_text(tmp_path):
     verify(tmp_path / "s")
 
 
-def test_s4_case_is_ignored_links_are_followed_each_file_counts_once(tmp_path):
+def test_case_is_ignored_links_are_followed_and_each_file_counts_once(tmp_path):
     folder, away = tmp_path / "in", tree(tmp_path / "away", C_Txt="three", D_txt="four")
     tree(folder, a_txt="one", B_TXT="two", sub=away, again_txt=folder / "a.txt", loop=folder)
     tree(folder, sub2=away, loop2=folder)
@@ -410,13 +412,13 @@ def test_s4_case_is_ignored_links_are_followed_each_file_counts_once(tmp_path):
     assert documents(tmp_path / "gz") == ["five"]
 
 
-def test_s4_numbers_sort_as_numbers(tmp_path):
+def test_numbers_sort_as_numbers(tmp_path):
     folder = tree(tmp_path / "in", x10_txt="10", x9_txt="9", x1__2_txt="1/2", x1__10_txt="1/10")
     make(folder, tmp_path / "out")
     assert documents(tmp_path / "out") == ["1/2", "1/10", "9", "10"]
 
 
-def test_s4_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_a_path_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     folder = tree(tmp_path / "in", a_txt="one", gone=tmp_path / "unmounted")
     for source in (folder, f"{folder}/*", f"{folder}/g*"):
         with pytest.raises(UserError, match=f"in/gone {NONE_SUCH}"):
@@ -424,16 +426,20 @@ def test_s4_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     make(f"{folder}/*.txt", tmp_path / "out")
     (folder / "gone").unlink()
     tree(folder, sub__b_txt="two")
-    plain = os.listdir
 
-    def listdir(path):
-        if str(path).endswith("sub"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return plain(path)
+    def refuse_sub(function):
+        def read_folder(path="."):
+            if str(path).endswith("sub"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path)
 
-    monkeypatch.setattr(os, "listdir", listdir)
-    with pytest.raises(UserError, match=r"in/sub cannot be read \(Permission denied\); look at"):
-        make(folder, tmp_path / "out2")
+        return read_folder
+
+    monkeypatch.setattr(os, "listdir", refuse_sub(os.listdir))
+    monkeypatch.setattr(os, "scandir", refuse_sub(os.scandir))
+    for source in (folder, f"{folder}/**/*.txt", f"{folder}/*/*.txt"):
+        with pytest.raises(UserError, match=r"in/sub cannot be read \(Permission denied\); look"):
+            make(source, tmp_path / "out2")
     np.save(tmp_path / "out/x_train_000009.npy", np.arange(9, dtype=np.uint16))
     (tmp_path / "out/x_train_000010.npy").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=f"x_train_000010.npy {NONE_SUCH}"):
@@ -455,7 +461,7 @@ def test_shards_have_the_same_rules(tmp_path):
 SPACES = "a" + " " * 1_100_000 + "b"  # of which tiktoken dies
 
 
-def test_s5_what_only_one_encoder_can_encode_is_encoded(tmp_path):
+def test_a_text_that_tiktoken_cannot_encode_is_encoded(tmp_path):
     named(tmp_path / "x.txt", SPACES.encode())
     make(tmp_path / "x.txt", tmp_path / "out", shard_size=2_000_000)
     ids = sum(tokens_of(tmp_path / "out"), [])
@@ -465,23 +471,23 @@ def test_s5_what_only_one_encoder_can_encode_is_encoded(tmp_path):
     assert documents(tmp_path / "out2") == ["\ufffd" + SPACES, "next"]
 
 
-def test_s5_tiktoken_stands_in_where_gigatoken_is_not_installed(
+def test_tiktoken_stands_in_where_gigatoken_is_not_installed(
     source, tmp_path, capsys, monkeypatch
 ):
     make(source, tmp_path / "a")
     assert "tokens/s by gigatoken" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "gigatoken", None)  # then its import fails
-    fineweb.fast_tokenizer.cache_clear()
+    fineweb.fast_encoder.cache_clear()
     make(source, tmp_path / "b")
     assert "tokens/s by tiktoken," in capsys.readouterr().out
     assert data_files(tmp_path / "a") == data_files(tmp_path / "b")
     named(tmp_path / "x.txt", SPACES.encode())
     with pytest.raises(UserError, match="tiktoken cannot encode .*; pip install giga"):
         make(tmp_path / "x.txt", tmp_path / "c")
-    fineweb.fast_tokenizer.cache_clear()
+    fineweb.fast_encoder.cache_clear()
 
 
-def test_s7_a_column_of_bytes_is_utf8_and_other_types_are_refused(tmp_path):
+def test_a_column_of_bytes_is_utf8_and_other_types_are_refused(tmp_path):
     (tmp_path / "in").mkdir()
     types = [pa.string(), pa.binary(), pa.large_binary(), pa.binary_view(), pa.string_view()]
     columns = [pa.array([b"two"], pa.binary(3)), pa.array([b"two"]).dictionary_encode()]
@@ -490,18 +496,18 @@ def test_s7_a_column_of_bytes_is_utf8_and_other_types_are_refused(tmp_path):
         pq.write_table(pa.table({"text": column}), tmp_path / f"in/{i}.parquet")
     manifest = make(tmp_path / "in", tmp_path / "out")
     assert documents(tmp_path / "out") == ["two"] * len(columns)
-    assert manifest["skipped"] == {"no string": 2}
+    assert manifest.skipped == {"no string": 2}
     for values, words in [
-        (pa.array([1, 2]), "column text is int64, not text; choose by --text_column"),
+        (pa.array([1, 2]), "column text is int64, not text; choose with --text_column"),
         (pa.array([["a"]]), "column text is list<.*, not text"),
-        (pa.array([b"\xff"]), r"x.parquet cannot be read \(no UTF-8: b'.xff'\)"),
+        (pa.array([b"\xff"]), r"x.parquet cannot be read \(not UTF-8: b'.xff'\)"),
     ]:
         pq.write_table(pa.table({"text": values}), tmp_path / "x.parquet")
         with pytest.raises(UserError, match=words):
             make(tmp_path / "x.parquet", tmp_path / "none")
 
 
-def test_s8_what_is_skipped_does_not_depend_on_files_and_chunks(tmp_path, monkeypatch):
+def test_the_count_of_skipped_texts_does_not_depend_on_files_and_chunks(tmp_path, monkeypatch):
     found = []
     lines = [b'{"other": "x"}\n', b'{"text": "one"}\n', b'{"other": "y"}\n']
     for i, files in enumerate(([lines], [lines[:1], lines[1:]], [lines[:2], lines[2:]])):
@@ -510,13 +516,13 @@ def test_s8_what_is_skipped_does_not_depend_on_files_and_chunks(tmp_path, monkey
         for j, part in enumerate(files):
             named(folder / f"{j}.jsonl", b"".join(part))
         for chunk in (1, 1 << 22):
-            monkeypatch.setattr(fineweb, "CHUNK", chunk, raising=False)
+            monkeypatch.setattr(fineweb, "CHUNK_SIZE", chunk, raising=False)
             manifest = make(folder, tmp_path / f"out{i}_{chunk}")
-            found.append((manifest["skipped"], tokens_of(tmp_path / f"out{i}_{chunk}")))
+            found.append((manifest.skipped, tokens_of(tmp_path / f"out{i}_{chunk}")))
     assert all(one == found[0] for one in found) and found[0][0] == {"no string": 2}
 
 
-def test_s9_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_text(tmp_path):
     mark, other = b"\xef\xbb\xbf", "\ufeff".encode() * 2 + b"x"  # only the first is a mark
     named(tmp_path / "a.txt", mark + b"hello")
     named(tmp_path / "b.txt", other)
@@ -524,7 +530,7 @@ def test_s9_a_byte_order_mark_is_no_text(tmp_path):
     named(tmp_path / "x.jsonl", (mark + b'{"text": "hello"}\n') * 2)  # as cat joins files
     manifest = make(tmp_path / "*.txt", tmp_path / "out")
     assert documents(tmp_path / "out") == ["hello", "\ufeffx"]
-    assert manifest["skipped"] == {"empty": 1}
+    assert manifest.skipped == {"empty": 1}
     make(tmp_path / "x.jsonl", tmp_path / "out2")
     assert documents(tmp_path / "out2") == ["hello", "hello"]
     pq.write_table(pa.table({"text": pa.array([mark + b"hello"])}), tmp_path / "x.parquet")
@@ -533,23 +539,22 @@ def test_s9_a_byte_order_mark_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("line", ['[{"text":"one"}]', '"one"', "1", "null", "[]"])
-def test_s10_a_line_that_is_no_object_is_named(tmp_path, line):
+def test_a_line_that_is_not_an_object_is_named(tmp_path, line):
     for before in ("", '{"text": "zero"}\n\n'):
         named(tmp_path / "x.jsonl", (before + line + "\n").encode())
         number = 1 + before.count("\n")
-        words = (
-            rf"x.jsonl, line {number} is no JSON object \(it begins with {re.escape(line)}\); mend"
-        )
+        words = rf"x.jsonl, line {number} is not a JSON object "
+        words += rf"\(it begins with {re.escape(line)}\); correct"
         with pytest.raises(UserError, match=words):
             make(tmp_path / "x.jsonl", tmp_path / "out")
 
 
-def test_s10_a_wrong_name_is_named(hub, tmp_path):
+def test_a_name_that_the_hub_does_not_have_is_named(hub, tmp_path):
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
     env |= {"HF_HOME": str(tmp_path / "home"), "no_proxy": "*"}
     done = script("--out", tmp_path / "out", "--name", "sample-10TB", env=env)
-    words = rf"fineweb.py: --name sample-10TB of {REPO} cannot be had \(.*'sample-10BT'.*\); give"
-    assert done.returncode == 1 and re.match(words, last_line(done.stderr)), done.stderr
+    words = rf"fineweb.py: --name sample-10TB of {REPO} is not found \(.*'sample-10BT'.*\); give"
+    assert done.returncode == 2 and re.match(words, last_line(done.stderr)), done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
@@ -558,22 +563,21 @@ WRONG_TYPES = [dict(complete="yes"), dict(world_size="1"), dict(shards=[3]), dic
 WRONG_TYPES += [dict(files=None), dict(skipped=[]), dict(consumed=0)]
 
 
-def test_s11_what_is_no_manifest_is_one_sentence_at_every_door(source, made):
+def test_a_damaged_manifest_is_one_sentence_wherever_it_is_read(source, made):
     path = made / "manifest.json"
     good = json.loads(path.read_text())
     good["shards"][0].pop("sha256")
+    words = "manifest.json is no manifest of .*; .* delete it$"
     for text in [*NOT_MANIFESTS, *(json.dumps(good | wrong) for wrong in [*WRONG_TYPES, {}])]:
         path.write_text(text)
-        for door in (verify, fineweb.describe_shards, lambda p: open_shards(p, "val")):
-            with pytest.raises(
-                UserError, match="manifest.json is no manifest of .*; .* delete it$"
-            ):
-                door(made)
-        with pytest.raises(UserError, match="manifest.json is no manifest of .*; .* delete it$"):
+        for function in (verify, fineweb.describe_shards, lambda p: open_shards(p, "val")):
+            with pytest.raises(UserError, match=words):
+                function(made)
+        with pytest.raises(UserError, match=words):
             make(source, made)
 
 
-def test_s11_a_shard_size_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_an_impossible_shard_size_is_refused_before_the_work(tmp_path, monkeypatch):
     for size in (2**31, 10**12):  # llm.c's header has 31 bits
         with pytest.raises(
             UserError, match=r"--shard_size is out of its range; .* below 2147483648"
@@ -589,7 +593,7 @@ def test_s11_a_shard_size_that_cannot_be_is_refused_before_the_work(tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_s11_a_damaged_header_is_one_sentence(tmp_path):
+def test_a_damaged_header_is_one_sentence(tmp_path):
     ids = np.arange(300, dtype=np.uint16)
     np.save(tmp_path / "x.npy", ids)
     good, r = (tmp_path / "x.npy").read_bytes(), random.Random(0)
@@ -599,33 +603,36 @@ def test_s11_a_damaged_header_is_one_sentence(tmp_path):
             try:
                 assert (open_shard(tmp_path / "x.npy") == ids).all()  # spaces may change
             except UserError as error:
-                assert "x.npy is not a whole shard of uint16 tokens" in str(error)
+                assert "x.npy is not a complete shard of uint16 tokens" in str(error)
 
 
-def test_s12_a_rank_without_text_completes_with_nothing(tmp_path):
+def test_a_rank_without_text_completes_without_shards(tmp_path):
     write_jsonl(tmp_path / "0.jsonl", TEXTS[:24])
     write_jsonl(tmp_path / "1.jsonl", ["", None])
     for rank in (0, 1):
         manifest = make(tmp_path / "*.jsonl", tmp_path / "out", rank=rank, world_size=2)
-    assert manifest["complete"] and manifest["shards"] == []
-    assert manifest["skipped"] == {"empty": 1, "no string": 1}
+    assert manifest.complete and manifest.shards == []
+    assert manifest.skipped == {"empty": 1, "no string": 1}
     verify(tmp_path / "out")
     assert sum(tokens_of(tmp_path / "out"), []) == sum(reference(TEXTS[:24], 10**9), [])
+    write_jsonl(tmp_path / "0.jsonl", [""])  # rank 0, which writes the shard for validation
+    manifest = make(tmp_path / "*.jsonl", tmp_path / "out2", rank=0, world_size=2)
+    assert manifest.complete and manifest.shards == []
 
 
-def test_s12_a_shard_that_is_gone_is_missed(source, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Crash):  # amid the second of two files
-        patch.setattr(fineweb, "write_whole", stop_after(9, fineweb.write_whole))
+def test_a_missing_shard_is_noticed(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):  # within the second of two files
+        patch.setattr(fineweb, "write_atomically", stop_after(9, fineweb.write_atomically))
         make(source, tmp_path / "out")
     for complete in (False, True):
         shard = tmp_path / "out/text_train_000002.npy"
         whole = shard.read_bytes()
         for change in (lambda: shard.unlink(), lambda: shard.write_bytes(whole[:-2])):
             change()
-            with pytest.raises(UserError, match="000002.npy has .* bytes, not .*; make it anew"):
+            with pytest.raises(UserError, match="000002.npy has .* bytes, not .*; make it again"):
                 make(source, tmp_path / "out")
             shard.write_bytes(whole)
-        assert make(source, tmp_path / "out")["complete"]
+        assert make(source, tmp_path / "out").complete
     assert tokens_of(tmp_path / "out") == reference(TEXTS, 1000)
 
 
@@ -646,11 +653,11 @@ def edit(path, old, new):
     os.utime(path, ns=(1, 1))
 
 
-def test_s12_a_source_that_changes_amid_a_run_is_refused(tmp_path, monkeypatch):
+def test_a_source_that_changes_during_a_run_is_refused(tmp_path, monkeypatch):
     for i in (0, 1):
         write_jsonl(tmp_path / f"{i}.jsonl", [f"{word} {i}" for word in TEXTS[:60]])
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(fineweb, "write_whole", stop_after(5, fineweb.write_whole))
+        patch.setattr(fineweb, "write_atomically", stop_after(5, fineweb.write_atomically))
         make(tmp_path / "*.jsonl", tmp_path / "out")
     before = data_files(tmp_path / "out")
     edit(tmp_path / "1.jsonl", b"<", b">")
@@ -658,34 +665,34 @@ def test_s12_a_source_that_changes_amid_a_run_is_refused(tmp_path, monkeypatch):
         make(tmp_path / "*.jsonl", tmp_path / "out")
     assert data_files(tmp_path / "out") == before
 
-    def tokenize_and_edit(*chunk):
+    def tokenize_and_edit(chunk):
         edit(tmp_path / "0.jsonl", b"<", b">")
         os.utime(tmp_path / "0.jsonl", ns=(2, 2))
-        return tokenize(*chunk)
+        return tokenize(chunk)
 
     tokenize = fineweb.tokenize
     with (
         monkeypatch.context() as patch,
-        pytest.raises(UserError, match="changed amid the run; del"),
+        pytest.raises(UserError, match="changed during the run; del"),
     ):
         patch.setattr(fineweb, "tokenize", tokenize_and_edit)
         make(tmp_path / "*.jsonl", tmp_path / "out2")
     make(tmp_path / "*.jsonl", tmp_path / "out3")
     edit(tmp_path / "0.jsonl", b">", b"<")  # a copy has other times, and what is done is not mixed
-    assert make(tmp_path / "*.jsonl", tmp_path / "out3")["complete"]
+    assert make(tmp_path / "*.jsonl", tmp_path / "out3").complete
 
 
-def test_s12_files_of_one_name_are_told_apart(tmp_path):
+def test_files_of_one_name_in_two_folders_are_distinguished(tmp_path):
     tree(tmp_path, in__a__x_txt="one", in__b__x_txt="two", in__c__y_txt="three")
     manifest = make(tmp_path / "in", tmp_path / "out")
-    assert manifest["files"] == [["a/x.txt", 3], ["b/x.txt", 3], ["c/y.txt", 5]]
+    assert manifest.files == [["a/x.txt", 3], ["b/x.txt", 3], ["c/y.txt", 5]]
     (tmp_path / "in/b").rename(tmp_path / "in/d")
     (tmp_path / "in/a").rename(tmp_path / "in/b")
     with pytest.raises(UserError, match="other source files"):
         make(tmp_path / "in", tmp_path / "out")
 
 
-def test_after_a_mistake_is_mended_the_same_command_goes_on(tmp_path):
+def test_after_a_mistake_is_corrected_the_same_command_continues(tmp_path):
     """Nothing was made yet, so nothing would be mixed."""
     named(tmp_path / "x.jsonl", NOT_JSON)
     with pytest.raises(UserError, match="line 2"):
@@ -711,17 +718,17 @@ AWKWARD = {
 
 
 @pytest.mark.parametrize("case", AWKWARD)
-def test_s14_a_txt_file_in_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch, case):
-    monkeypatch.setattr(fineweb, "chunks_done", itertools.repeat(0))  # else it begins anew often
+def test_a_txt_file_in_pieces_has_the_ids_of_the_uncut_text(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(fineweb, "chunk_count", itertools.repeat(1))  # keep the encoder
     for seed, size in enumerate((16, 64, 1000, 10**6)):
         text = AWKWARD[case](random.Random(seed))
         named(tmp_path / "x.txt", text.encode())
-        monkeypatch.setattr(fineweb, "CHUNK", size, raising=False)
-        contents = [content for *_, (*_, content) in chunks_of(tmp_path / "x.txt")]
-        assert "".join([contents[0][0], *contents[1:]]) == text
+        monkeypatch.setattr(fineweb, "CHUNK_SIZE", size)
+        chunks = list(chunks_of(tmp_path / "x.txt"))
+        assert "".join(text for chunk in chunks for text in chunk.load()) == text
         if case not in ("one word", "spaces") and size <= 64 and len(text) > 10:
-            assert len(contents) > 20
-        pieces = [fineweb.tokenize(*chunk)[0] for *_, chunk in chunks_of(tmp_path / "x.txt")]
+            assert len(chunks) > 20
+        pieces = [fineweb.tokenize(chunk)[0] for chunk in chunks]
         assert np.concatenate(pieces).tolist() == [EOT, *tokenizer().encode_ordinary(text)]
 
 
@@ -729,7 +736,7 @@ def chunks_of(path):
     return fineweb.list_chunks([str(path)], "text", [0, 0, 0])
 
 
-def test_s14_a_cut_is_where_a_word_begins_for_every_character():
+def test_a_cut_is_where_a_word_begins_for_every_character():
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     texts = [f"{c} b" for c in characters[:0x3400:3] + characters[0x3400::200]]
     texts += [f"{c},." for c in [c for c in characters if c.isalnum()][::9]]
@@ -740,15 +747,15 @@ def test_s14_a_cut_is_where_a_word_begins_for_every_character():
         assert encode(text[:end]) + encode(text[end:]) == encode(text), text
 
 
-def test_s14_a_txt_file_continues_amid_its_pieces(tmp_path, monkeypatch):
+def test_a_txt_file_continues_between_its_pieces(tmp_path, monkeypatch):
     text = " ".join(TEXTS)
     named(tmp_path / "in.txt", text.encode())
-    monkeypatch.setattr(fineweb, "chunks_done", itertools.repeat(0))
-    monkeypatch.setattr(fineweb, "CHUNK", 3000, raising=False)
+    monkeypatch.setattr(fineweb, "chunk_count", itertools.repeat(1))
+    monkeypatch.setattr(fineweb, "CHUNK_SIZE", 3000, raising=False)
     for stop in (3, 9):
         out = tmp_path / str(stop)
         with monkeypatch.context() as patch, pytest.raises(Crash):
-            patch.setattr(fineweb, "write_whole", stop_after(stop, fineweb.write_whole))
+            patch.setattr(fineweb, "write_atomically", stop_after(stop, fineweb.write_atomically))
             make(tmp_path / "in.txt", out)
         make(tmp_path / "in.txt", out)
         assert tokens_of(out) == reference([text], 1000)
@@ -760,11 +767,156 @@ def test_s14_a_txt_file_continues_amid_its_pieces(tmp_path, monkeypatch):
     assert tokens_of(out) == reference([text], 1000)
 
 
-# -- stopping and going on
+def test_lines_of_endoftext_separate_the_documents_of_a_txt_file(tmp_path):
+    mark = "<|endoftext|>"
+    cases = {
+        f"one\n{mark}\ntwo\n": ["one\n", "two\n"],
+        f"{mark}\none\n{mark}\n{mark}\ntwo\n{mark}": ["one\n", "two\n"],
+        f"one\r\n{mark}\r\ntwo{mark}": ["one\r\n", f"two{mark}"],
+        f"one {mark}\n{mark} two\n {mark}\n": [f"one {mark}\n{mark} two\n {mark}\n"],
+        f"\n{mark} \t\n\n": ["\n", "\n"],
+    }
+    for i, (text, expected) in enumerate(cases.items()):
+        path = named(tmp_path / f"{i}.txt", text.encode())
+        make(path, tmp_path / f"out{i}")
+        ids = sum(tokens_of(tmp_path / f"out{i}"), [])
+        assert ids == sum(reference(expected, 1000), []), text
+    write_jsonl(tmp_path / "x.jsonl", cases)  # only txt files have such lines
+    make(tmp_path / "x.jsonl", tmp_path / "out")
+    assert sum(tokens_of(tmp_path / "out"), []) == sum(reference(cases, 1000), [])
+
+
+def test_documents_of_a_txt_file_do_not_depend_on_its_pieces(tmp_path, monkeypatch):
+    """Pieces of any size, so that every character of a separating line is once at their border."""
+    monkeypatch.setattr(fineweb, "chunk_count", itertools.repeat(1))
+    lines = [f"{text} word, word.\n" for text in TEXTS[:9]]
+    lines += ["  \n", "x <|endoftext|>\n", "<|endoftext|> y\n", "end"]
+    text = "<|endoftext|>\n".join(lines)
+    named(tmp_path / "x.txt", text.encode())
+    expected = [i for line in lines for i in [EOT, *tokenizer().encode_ordinary(line)]]
+    for size in (*range(1, 70), 1000):
+        monkeypatch.setattr(fineweb, "CHUNK_SIZE", size)
+        pieces = [fineweb.tokenize(chunk)[0] for chunk in chunks_of(tmp_path / "x.txt")]
+        assert np.concatenate(pieces).tolist() == expected, size
+    monkeypatch.setattr(fineweb, "CHUNK_SIZE", 50)
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(fineweb, "write_atomically", stop_after(6, fineweb.write_atomically))
+        make(tmp_path / "x.txt", tmp_path / "out", shard_size=70)
+    make(tmp_path / "x.txt", tmp_path / "out", shard_size=70, workers=2)
+    assert sum(tokens_of(tmp_path / "out"), []) == expected
+
+
+def test_files_named_for_validation_or_test_are_mentioned(tmp_path, capsys, monkeypatch):
+    names = ("train", "validation", "test")
+    (tmp_path / "test_data").mkdir()  # the name of the folder itself does not matter
+    for name in names:
+        write_jsonl(tmp_path / f"test_data/{name}-00000.jsonl", [name])
+    sources = {
+        "test_data": "--source 'test_data/train*' omits them",
+        "test_data/[vt]*": "--source 'test_data/train*' omits them",
+        "test_data/v*": None,
+        "test_data/train*": None,
+    }
+    monkeypatch.chdir(tmp_path)
+    for i, (source, words) in enumerate(sources.items()):
+        make(source, f"out{i}")
+        lines = [line for line in capsys.readouterr().out.splitlines() if "named for" in line]
+        assert len(lines) == (words is not None)
+        assert all(words in line and "training text" in line and len(line) < 200 for line in lines)
+    assert documents("out0") == ["test", "train", "validation"]
+    assert documents("out3") == ["train"]
+    for name in ("a", "latest", "contest"):  # words that only contain such a name
+        write_jsonl(tmp_path / f"others/{name}.jsonl", [name])
+    make("others", "out4")
+    assert "named for" not in capsys.readouterr().out
+    write_jsonl(tmp_path / "others/sub/dev.jsonl", ["dev"])
+    make("others", "out5")
+    assert "such as sub/dev.jsonl" in capsys.readouterr().out
+
+
+def test_a_folder_of_save_to_disk_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": [*TEXTS[:30], None], "n": [7] * 31})
+    rows.save_to_disk(tmp_path / "rows", num_shards=2)
+    named(tmp_path / "rows/cache-0123456789abcdef.arrow", b"what map() and filter() left")
+    manifest = make(tmp_path / "rows", tmp_path / "out")
+    assert documents(tmp_path / "out") == documents_of(TEXTS[:30])
+    assert manifest.skipped == {"no string": 1} and len(manifest.files) == 2
+    datasets.DatasetDict({"train": rows, "more": rows}).save_to_disk(tmp_path / "splits")
+    make(tmp_path / "splits", tmp_path / "out2", workers=1)
+    assert documents(tmp_path / "out2") == 2 * documents_of(TEXTS[:30])
+    with pytest.raises(UserError, match="has no column body but text, n; choose with"):
+        make(tmp_path / "rows", tmp_path / "out3", text_column="body")
+
+
+def documents_of(texts):
+    return "".join(f"<|endoftext|>{text}" for text in texts).split("<|endoftext|>")[1:]
+
+
+@pytest.mark.parametrize("new_writer", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow_files_are_read_in_chunks(tmp_path, new_writer):
+    texts = some_texts(2500, seed=3)
+    table = pa.table({"n": range(2500), "text": pa.array(texts).dictionary_encode()})
+    with new_writer(tmp_path / "x.arrow", table.schema) as writer:
+        writer.write_table(table)
+    make(tmp_path / "x.arrow", tmp_path / "out", shard_size=30_000, workers=1)
+    assert tokens_of(tmp_path / "out") == reference(texts, 30_000)
+    assert [len(c.load()) for c in chunks_of(tmp_path / "x.arrow")] == [1000, 1000, 500]
+    named(tmp_path / "bad.arrow", b"no Arrow")
+    with pytest.raises(UserError, match="bad.arrow cannot be read"):
+        make(tmp_path / "bad.arrow", tmp_path / "out2")
+
+
+def test_json_and_jsonl_are_one_type_and_metadata_is_not_text(tmp_path):
+    write_jsonl(tmp_path / "in/a.json", ["one"])
+    write_jsonl(tmp_path / "in/b.jsonl", ["two"])
+    named(tmp_path / "in/c.JSON.gz", gzip.compress(b'{"text": "three"}'))
+    for name in ("dataset_info", "dataset_infos", "dataset_dict", "state", "manifest"):
+        named(tmp_path / f"in/{name}.json", b"{\n}\n")
+    make(tmp_path / "in", tmp_path / "out")
+    assert documents(tmp_path / "out") == ["one", "two", "three"]
+    write_parquet(tmp_path / "in2/0.parquet", ["four"])
+    named(tmp_path / "in2/dataset_infos.json", b"{\n}\n")
+    make(tmp_path / "in2", tmp_path / "out2")
+    assert documents(tmp_path / "out2") == ["four"]
+
+
+def test_files_of_other_types_are_counted_and_mentioned(tmp_path, capsys):
+    folder = tree(tmp_path / "in", a_txt="one", b_md="#", c_pdf="%", d__e_md="#", README="hello")
+    make(folder, tmp_path / "out")
+    line = capsys.readouterr().out.splitlines()[0]
+    words = "files of other types are skipped (4: 2 .md, 1 without suffix, 1 .pdf); only"
+    assert line.startswith(f"{folder}: ") and words in line
+    make(f"{folder}/*.txt", tmp_path / "out2")  # a pattern chooses
+    tree(folder, _hidden_md="#", manifest_json="{}")
+    make(f"{folder}/a*", tmp_path / "out3")
+    assert "other types" not in capsys.readouterr().out
+
+
+def test_a_large_part_for_validation_is_mentioned(tmp_path, capsys):
+    write_jsonl(tmp_path / "x.jsonl", ["a" * 16] * 240)
+    total = make(tmp_path / "x.jsonl", tmp_path / "a", shard_size=1000).shards
+    total = sum(shard.tokens for shard in total)
+    assert 1100 < total < 1300
+    words = f"a: 1,000 of {total:,} tokens are for validation; .* --shard_size {total // 10} "
+    assert re.search(words, capsys.readouterr().out)
+    make(tmp_path / "x.jsonl", tmp_path / "b", shard_size=total // 10)
+    make(tmp_path / "x.jsonl", tmp_path / "c", shard_size=10**6)  # a tenth, because one shard holds all
+    assert "for validation" not in capsys.readouterr().out
+    assert len(tokens_of(tmp_path / "b")[0]) == total // 10
+    for rank in (0, 1):  # the last rank to finish knows the sum
+        write_jsonl(tmp_path / f"y{rank}.jsonl", ["a" * 16] * (230 if rank == 0 else 10))
+    for rank in (0, 1):
+        settings = {"rank": rank, "world_size": 2}
+        make(tmp_path / "y*.jsonl", tmp_path / "d", **settings)
+        assert ("for validation" in capsys.readouterr().out) == (rank == 1)
+
+
+# -- stopping and continuing
 
 
 def whole_files(folder):
-    """data_files but those that a stopped process was writing."""
+    """data_files without those that a stopped process was writing."""
     return {name: x for name, x in data_files(folder).items() if not name.endswith(".tmp")}
 
 
@@ -773,8 +925,8 @@ class Crash(BaseException):
 
 
 def test_crash_at_every_step_of_writing(source, tmp_path, monkeypatch):
-    """Stop before the n-th fsync or rename, for every n: what is there must be right, and going on
-    must end the same."""
+    """Stop before the n-th fsync or rename, for every n. The files on the disk must be right, and
+    the same command must end with the same bytes."""
     make(source, tmp_path / "straight", shard_size=4000)
     expected = data_files(tmp_path / "straight")
     manifest = (tmp_path / "straight/manifest.json").read_bytes()
@@ -828,7 +980,8 @@ def test_kill_at_random_points(tmp_path, workers, times):
     subprocess.run([*command, str(tmp_path / "timed")], check=True, capture_output=True)
     whole_run = time.perf_counter() - began
     rng, kills, late, run = random.Random(workers), 0, 0, 0
-    while kills < times:
+    while kills < times or late == 0:  # some must be killed while they are writing
+        assert kills + run < 100
         out = tmp_path / f"run{run}"
         process = subprocess.Popen([*command, str(out)], **quiet)
         try:
@@ -847,7 +1000,6 @@ def test_kill_at_random_points(tmp_path, workers, times):
     assert data_files(out) == expected
     straight = tmp_path / "straight/manifest.json"
     assert (out / "manifest.json").read_bytes() == straight.read_bytes()
-    assert late > 0  # some were killed amid the writing
 
 
 def busy_source(tmp_path):
@@ -882,13 +1034,117 @@ def test_no_worker_outlives_the_main_process(tmp_path, how):
     _, err = process.communicate(timeout=30)
     wait_for(lambda: not group(), 10)
     if how == signal.SIGINT:
-        assert process.returncode == 1 and "Traceback" not in err
-        sentence = "fineweb.py: interrupted; the shards so far stay, the same command continues"
+        assert process.returncode == 130 and "Traceback" not in err
+        sentence = "fineweb.py: interrupted; complete shards stay, and the same command continues"
+        sentence += " after them"
         assert last_line(err) == sentence
         assert len(list_shards(tmp_path / "out", "train")) >= 1
 
 
-def test_complete_is_left_alone_and_other_settings_are_refused(source, tmp_path, capsys):
+def some_seconds(seconds):
+    """A chunk that takes its worker so long, and has one document."""
+    return fineweb.Chunk(0, 0, "x", functools.partial(wait_and_return, seconds))
+
+
+def wait_and_return(seconds):
+    time.sleep(seconds)
+    return ["text"]
+
+
+def test_pending_chunks_are_bounded():
+    drawn = 0
+
+    def chunks():
+        nonlocal drawn
+        for drawn in range(1, 41):
+            yield some_seconds(0)
+
+    results = fineweb.tokenize_all(chunks(), 1)
+    ahead = [drawn - received for received, _ in enumerate(results, 1)]
+    assert len(ahead) == 40 and max(ahead) <= 2  # one at work and one waiting
+
+
+def test_the_first_interrupt_waits_for_a_chunk_and_the_second_acts_at_once():
+    with fineweb.interrupt_between_chunks() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    def interrupt_twice():
+        for _ in range(2):
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    results = fineweb.tokenize_all([some_seconds(0), *[some_seconds(60)] * 3], 2)
+    next(results)
+    threading.Thread(target=interrupt_twice).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    assert 1.9 < time.monotonic() - began < 30
+
+
+def test_the_interrupt_handler_is_restored(tmp_path):
+    def handler(*_):
+        pass
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        assert len(list(fineweb.tokenize_all([some_seconds(0)], 1))) == 1
+        assert signal.getsignal(signal.SIGINT) is handler
+        with pytest.raises(UserError, match="--workers: a worker was killed"):
+            list(fineweb.tokenize_all([fineweb.Chunk(0, 0, "x", Bomb())], 1))
+        assert signal.getsignal(signal.SIGINT) is handler
+        with contextlib.closing(fineweb.tokenize_all([some_seconds(0)] * 9, 1)) as results:
+            next(results)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("name", ["CHUNK_SIZE", "LARGE_ROW_GROUP", "CHUNK_ROWS"])
+def test_chunks_must_not_change_before_a_data_set_is_complete(source, tmp_path, monkeypatch, name):
+    """The manifest counts chunks, so other ones would skip or repeat text."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(fineweb, "write_atomically", stop_after(9, fineweb.write_atomically))
+        make(source, out)
+    key = {"LARGE_ROW_GROUP": "large_row_group"}.get(name, name.lower())
+    value = getattr(fineweb, name)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest.pop(key) == value
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(
+            UserError, match=f"was begun with {key} {value}, not {value // 2}; choose another"
+        ):
+            patch.setattr(fineweb, name, value // 2)
+            make(source, out)
+        # A manifest without the entry is of a time when it had the value of today.
+        (out / "manifest.json").write_text(json.dumps(manifest))
+    assert make(source, out).complete
+    assert tokens_of(out) == reference(TEXTS, 1000)
+    monkeypatch.setattr(fineweb, name, value // 2)
+    assert make(source, out).complete  # nothing would be mixed any more
+
+
+OLD_MANIFEST = """{"name": "manifest.json", "source": ["a.txt", "sample-10BT"], "revision": null,
+"text_column": "text", "shard_size": 1000, "format": "npy", "world_size": 1, "encoder.json": "%s",
+"rank": 0, "shards": [], "skipped": {"empty": 2}, "complete": false, "files": [["a.txt", 3]],
+"times": [5], "consumed": [0, 0, 0]}"""
+
+
+def test_the_form_of_the_manifest_stays(tmp_path):
+    text = OLD_MANIFEST % fineweb.VOCABULARY["encoder.json"]
+    (tmp_path / "manifest.json").write_text(text)
+    manifest = fineweb.Manifest.load(tmp_path / "manifest.json")
+    manifest.save(tmp_path)
+    entries = json.loads((tmp_path / "manifest.json").read_text())
+    new = {"chunk_size": 1 << 22, "large_row_group": 64 << 20, "chunk_rows": 1000}
+    assert list(entries.items()) == list((json.loads(text) | new).items())
+
+
+def test_a_complete_data_set_stays_and_other_settings_are_refused(source, tmp_path, capsys):
     out = tmp_path / "out"
     make(source, out)
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
@@ -916,7 +1172,7 @@ def test_complete_is_left_alone_and_other_settings_are_refused(source, tmp_path,
 # -- bad input
 
 
-def test_texts_that_are_no_text(tmp_path, capsys):
+def test_values_that_are_not_text(tmp_path, capsys):
     """Skipped, counted, reported; their neighbours unharmed, unlike with datasets' reader."""
     texts = ["one", None, 5, "", ["no"], "7", "\ud800 half"]
     records = [{"text": text} for text in texts] + [{"other": "x"}]
@@ -959,7 +1215,7 @@ def a_parquet(folder):
     return write_parquet(folder / "x.parquet", TEXTS)
 
 
-def two_kinds(folder):
+def two_types(folder):
     return a_text(folder) and a_jsonl(folder).parent
 
 
@@ -971,11 +1227,11 @@ def dangling(folder):
 NONE_SUCH = r"cannot be read \(No such file or directory\); look at"
 BODY, UNREADABLE = {"text_column": "body"}, r"b.parquet cannot be read \(.*\); look at"
 NOT_JSON = b'{"text": "a"}\n{"text": "b\n'
-KINDS = "0 found for 1 ranks; give parquet, jsonl or txt files"
+TYPES = "has no files of text; give parquet, arrow, jsonl or txt files"
 
 BAD = {  # source, settings, what the sentence must say
     "missing column": (a_parquet, BODY, "x.parquet has no column body but id, text; .* --text_col"),
-    "missing key": (a_jsonl, BODY, "x.jsonl has no text in body; see --text_column"),
+    "missing key": (a_jsonl, BODY, "x.jsonl has no text in body; .* --text_column"),
     "cut parquet": (lambda t: broken_parquet(t, True), {}, UNREADABLE),
     "garbled parquet": (lambda t: broken_parquet(t, False), {}, UNREADABLE),
     "garbled in a worker": (lambda t: broken_parquet(t, False), {"workers": 1}, UNREADABLE),
@@ -983,22 +1239,22 @@ BAD = {  # source, settings, what the sentence must say
     "not UTF-8": (
         lambda t: named(t / "x.txt", b"a\xff"),
         {},
-        r"x.txt cannot be read \(no UTF-8: b'",
+        r"x.txt cannot be read \(not UTF-8: b'",
     ),
     "bad gzip": (lambda t: named(t / "x.jsonl.gz", b"hello"), {}, "x.jsonl.gz cannot be read"),
     "unreadable": (dangling, {}, f"dangling.txt {NONE_SUCH}"),
-    "no match": (lambda t: t / "*.parquet", {}, KINDS),
+    "no match": (lambda t: t / "*.parquet", {}, TYPES),
     "no such path": (lambda t: t / "nothing", {}, f"nothing {NONE_SUCH}"),
     "no such base": (lambda t: t / "nothing/*.txt", {}, f"nothing {NONE_SUCH}"),
-    "empty folder": (lambda t: t, {}, KINDS),
-    "unknown kind": (lambda t: named(t / "x.csv", b"a,b\n"), {}, f"x.csv: {KINDS}"),
-    "two kinds": (two_kinds, {}, "2 found for 1 ranks; .* all of one kind"),
+    "empty folder": (lambda t: t, {}, TYPES),
+    "unknown type": (lambda t: named(t / "x.csv", b"a,b\n"), {}, f"x.csv {TYPES}"),
+    "two types": (two_types, {}, "files of several types, json, txt; choose"),
     "no text": (lambda t: write_jsonl(t / "x.jsonl", [{"text": ""}]), {}, "has no text in text"),
     "no rows": (lambda t: named(t / "x.jsonl", b""), {}, "has no text in text"),
     "shard size": (a_text, {"shard_size": 0}, "--shard_size is out of .* at least 1 and below"),
     "workers": (a_text, {"workers": -1}, "--workers is out of .* at least 0"),
     "rank": (a_text, {"rank": 2, "world_size": 2}, "--rank is out of .* at least 0 and below 2"),
-    "ranks": (a_text, {"rank": 0, "world_size": 2}, "1 found for 2 ranks; .* one per rank"),
+    "ranks": (a_text, {"rank": 0, "world_size": 2}, r"fewer files \(1\) than --world_size 2; give"),
     "out is a file": (a_text, {"out": SCRIPT}, "fineweb.py/manifest.json cannot be written"),
 }
 
@@ -1008,10 +1264,12 @@ def test_bad_input_is_one_sentence(tmp_path, case):
     source, settings, words = BAD[case]
     with pytest.raises(UserError, match=words) as error:
         make(**{"source": source(tmp_path), "out": tmp_path / "out"} | settings)
-    assert re.fullmatch(r"[^\n]+; [^\n]+[^\n.]", str(error.value))  # what is wrong; what to do
+    sentence = str(error.value).replace(str(tmp_path), "/data")
+    assert re.fullmatch(r"[^\n]+; [^\n]+[^\n.]", sentence)  # what is wrong; what to do
+    assert len(sentence) <= 200
 
 
-ROOT_OR_WINDOWS = not hasattr(os, "geteuid") or os.geteuid() == 0  # who may read everything
+ROOT_OR_WINDOWS = not hasattr(os, "geteuid") or os.geteuid() == 0  # these may read everything
 
 
 @pytest.mark.skipif(ROOT_OR_WINDOWS, reason="needs a user who is not root")
@@ -1024,8 +1282,8 @@ def test_no_permission(tmp_path):
 
 def test_script_prints_a_sentence_and_no_traceback(tmp_path):
     done = script("--source", tmp_path / "*.parquet", "--out", tmp_path / "out")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("fineweb.py: ") and "0 found" in done.stderr
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("fineweb.py: ") and "has no files" in done.stderr
     assert script("--shard_size", "many").returncode == 2  # tyro's own message
     assert not (tmp_path / "out").exists()
 
@@ -1042,10 +1300,10 @@ def test_what_was_written_before_a_broken_file_stays(tmp_path):
 
 def test_a_killed_worker_is_a_sentence(source, tmp_path, monkeypatch):
     def feed(*args):  # a chunk whose arrival kills the worker
-        yield (0, 0), ("x", "text", Bomb())
+        yield fineweb.Chunk(0, 0, "x", Bomb())
 
     monkeypatch.setattr(fineweb, "list_chunks", feed)
-    with pytest.raises(UserError, match="--workers: one was killed, .*; give fewer"):
+    with pytest.raises(UserError, match="--workers: a worker was killed, .*; give fewer"):
         make(source, tmp_path / "out", workers=1)
 
 
@@ -1063,7 +1321,7 @@ def test_full_disk(source, tmp_path):
     try:
         paths = ["--source", source, "--out", disk / "out"]
         done = script(*paths, "--shard_size", 1000, "--workers", 1)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.returncode == 2 and "Traceback" not in done.stderr
         words = r"cannot be written \(No space left on device\); .* the same command continues"
         assert re.search(words, last_line(done.stderr))
         expected = reference(TEXTS, 1000)
@@ -1078,11 +1336,132 @@ def test_full_disk(source, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+# -- the surroundings: streams, processes, Slurm and the shell
+
+
+def test_without_stderr_or_stdout_the_build_works(source, tmp_path):
+    cases = [("2>&-", 0), ("2>&-", 2), (">&- 2>&-", 0)]
+    if Path("/dev/full").exists():
+        cases += [(">/dev/full", 0), ("2>/dev/full", 0)]
+    for i, (closed, workers) in enumerate(cases):
+        command = [sys.executable, SCRIPT, "--source", source, "--out", tmp_path / str(i)]
+        command += ["--shard_size", "1000", "--workers", workers]
+        shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *map(str, command)]
+        done = subprocess.run(shell, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert tokens_of(tmp_path / str(i)) == reference(TEXTS, 1000)
+
+
+@pytest.mark.parametrize("broken", ["__init__", "update", "close"])
+def test_a_progress_bar_that_raises_never_ends_the_build(source, tmp_path, monkeypatch, broken):
+    class Bar(fineweb.tqdm):
+        pass
+
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Bar, broken, fail)
+    monkeypatch.setattr(Bar, "__del__", lambda self: None)
+    monkeypatch.setattr(fineweb, "tqdm", Bar)
+    assert make(source, tmp_path / "out").complete
+    verify(tmp_path / "out")
+
+
+SEMLOCKS = {  # what a system without semaphores does
+    "/dev/shm is read-only": "raise PermissionError(13, 'Permission denied')",
+    "not implemented": "raise OSError(38, 'Function not implemented')",
+    "no module": "raise ImportError('no sem_open')",
+}
+
+
+@pytest.mark.parametrize("case", SEMLOCKS)
+def test_without_shared_memory_one_process_does_the_work(source, tmp_path, case):
+    code = "import _multiprocessing\n\nclass SemLock:\n    SEM_VALUE_MAX = 9\n\n"
+    code += f"    def __init__(self, *args):\n        {SEMLOCKS[case]}\n\n"
+    code += "_multiprocessing.SemLock = SemLock\n"
+    tree(tmp_path / "site", sitecustomize_py=code)
+    flags = ["--source", source, "--out", tmp_path / "out", "--shard_size", 1000, "--workers", 2]
+    done = script(*flags, env={"PYTHONPATH": str(tmp_path / "site")})
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    words = r"--workers 2: no processes can be started \(.*\); --workers 0 is used"
+    assert sum(bool(re.match(words, line)) for line in done.stdout.splitlines()) == 1
+    assert tokens_of(tmp_path / "out") == reference(TEXTS, 1000)
+
+
+SLURM = {  # ID, MIN, COUNT: the rank and the world size
+    ("2", "1", "2"): (1, 2),
+    ("0", "0", "1"): (0, 1),
+    ("1", None, None): (0, 1),
+    ("1", "0", None): (0, 1),
+    (None, "0", "2"): (0, 1),
+    ("", "", ""): (0, 1),
+    ("1", "", "4"): (0, 1),
+    ("one", "zero", "four"): (0, 1),
+    (None, None, None): (0, 1),
+}
+
+
+@pytest.mark.parametrize("values", SLURM)
+def test_only_a_complete_set_of_slurms_variables_makes_a_part(monkeypatch, capsys, values):
+    for key, value in zip(("ID", "MIN", "COUNT"), values):
+        monkeypatch.delenv(f"SLURM_ARRAY_TASK_{key}", raising=False)
+        if value is not None:
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
+    config = fineweb.parse(["--source", "x"])
+    assert (config.rank, config.world_size) == SLURM[values]
+    said = "this process makes part 2 of 2, because it runs in a Slurm array; --rank 0 "
+    said += "--world_size 1 makes all of it\n"
+    assert capsys.readouterr().out == (said if config.world_size == 2 else "")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "1")
+    config = fineweb.parse(["--rank", "0", "--world_size", "1"])  # the command line decides
+    assert (config.rank, config.world_size) == (0, 1) and capsys.readouterr().out == ""
+
+
+def test_a_slurm_array_with_a_step_has_consecutive_parts(monkeypatch):
+    """As of --array=3-9:2."""
+    for key, value in {"MIN": "3", "COUNT": "4", "STEP": "2"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
+    for rank, task in enumerate(("3", "5", "7", "9")):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        assert fineweb.slurm_part() == (rank, 4)
+
+
+UNQUOTED = {  # what the shell makes of a pattern: what is to be quoted
+    "books/a.txt books/b.txt": "books/*.txt",
+    "a.txt b.txt": "*.txt",
+    "books/a.txt books/b.jsonl": "books/*",
+    "books/a/x.txt books/b/x.txt": "books/**/*.txt",
+    "books/ab/x.txt books/abc/x.txt books/y.txt": "books/**/*.txt",
+    "a.txt /data/b.txt": "**/*.txt",
+    "/data/1.parquet /data/2.parquet --out /data/shards": "/data/*.parquet",
+}
+
+
+@pytest.mark.parametrize("names", UNQUOTED)
+def test_an_unquoted_pattern_is_one_sentence(capsys, names):
+    with pytest.raises(SystemExit) as stop:
+        fineweb.main(["--workers", "0", "--source", *names.split()])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.endswith(f"quote it: --source '{UNQUOTED[names]}'\n")
+
+
+def test_a_tilde_is_the_home_directory(source, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/text").symlink_to(source)
+    flags = ["--source=~/text", "--out=~/x", "--shard_size=1000", "--workers=0"]
+    for args in (flags, ["--verify=~/x"]):
+        done = script(*args, env={"HOME": str(tmp_path / "home")}, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert tokens_of(tmp_path / "home/x") == reference(TEXTS, 1000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+
+
 # -- the sentences themselves
 
 
-def test_as_user_error_tells_the_innermost_cause():
-    def told(error, **links):
+def test_as_user_error_quotes_the_first_cause():
+    def quoted_cause(error, **links):
         for name, value in links.items():
             setattr(error, name, value)
         with pytest.raises(UserError) as caught, as_user_error("x cannot be read", "look at it"):
@@ -1090,20 +1469,21 @@ def test_as_user_error_tells_the_innermost_cause():
         return re.fullmatch(r"x cannot be read \((.*)\); look at it", str(caught.value))[1]
 
     full, wrapped = OSError(28, "No space left"), RuntimeError("cannot save")
-    assert told(full) == "No space left"
-    assert told(ValueError("two\n  lines")) == "two lines"
-    assert told(KeyError("a")) == "KeyError: 'a'" and told(wrapped) == "RuntimeError: cannot save"
-    assert told(RuntimeError(), __cause__=wrapped) == "RuntimeError: cannot save"
+    assert quoted_cause(full) == "No space left"
+    assert quoted_cause(ValueError("two\n  lines")) == "two lines"
+    assert quoted_cause(KeyError("a")) == "KeyError: 'a'"
+    assert quoted_cause(wrapped) == "RuntimeError: cannot save"
+    assert quoted_cause(RuntimeError(), __cause__=wrapped) == "RuntimeError: cannot save"
     wrapped.__context__ = full  # raised while the other was being handled
-    assert told(RuntimeError(), __cause__=wrapped) == "No space left"
+    assert quoted_cause(RuntimeError(), __cause__=wrapped) == "No space left"
     hidden = dict(__context__=full, __suppress_context__=True)  # raised from None
-    assert told(ValueError("the better words"), **hidden) == "the better words"
-    words = told(json.JSONDecodeError("Expecting value", '{"a": ', 6))
+    assert quoted_cause(ValueError("the better words"), **hidden) == "the better words"
+    words = quoted_cause(json.JSONDecodeError("Expecting value", '{"a": ', 6))
     assert words == """Expecting value: line 1 column 7 (char 6) in '{"a": '"""
 
 
 @pytest.mark.parametrize("error", [UserError("x: is wrong; y"), KeyboardInterrupt()])
-def test_as_user_error_lets_pass(error):
+def test_as_user_error_does_not_change(error):
     with pytest.raises(type(error)) as caught, as_user_error("x cannot be read", "look at it"):
         raise error
     assert caught.value is error and error.__cause__ is None
@@ -1124,14 +1504,14 @@ def test_check_memory(monkeypatch):
     assert str(caught.value) == f"gpt2-xl: {sizes}; choose a smaller model"
 
 
-# -- the hub: not to be reached, and a small one of our own
+# -- the hub: without a network, and with a small server of our own
 
 
 def test_hub_without_network(tmp_path):
     done = script("--out", tmp_path / "out")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("fineweb.py: HuggingFaceFW/fineweb-edu is no local path")
-    assert "--source can be parquet files" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("fineweb.py: HuggingFaceFW/fineweb-edu is not a local path")
+    assert "the path of parquet files" in done.stderr
 
 
 COMMIT = "c0ffee" + "0" * 34
@@ -1140,9 +1520,8 @@ REPO = "HuggingFaceFW/fineweb-edu"
 
 @pytest.fixture
 def hub(source):
-    """As much of the hub's protocol as datasets and huggingface_hub need; yields the server, which
-    logs its requests. That the real hub speaks like this one is an assumption, and cannot be tested
-    without a network."""
+    """A server with as much of the hub's protocol as datasets and huggingface_hub need. It logs its
+    requests. That the real hub answers like this one cannot be tested without a network."""
     readme = "---\nconfigs:\n"
     for name, path in [("default", "data/*/*"), ("sample-10BT", "sample/10BT/*")]:
         readme += f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n"
@@ -1202,8 +1581,8 @@ def hub(source):
 
 
 def test_hub_data_set_is_streamed_and_pinned(hub, source, tmp_path):
-    """The commit is recorded, a run goes on with it, and from a file just the texts and its footer
-    are fetched."""
+    """The commit is recorded, a later run continues with it, and only the texts and the footer of a
+    file are fetched."""
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
     env |= {"HF_HOME": str(tmp_path / "home"), "no_proxy": "*"}
     flags = ["--out", tmp_path / "out", "--shard_size", 1000, "--workers", 1]
@@ -1249,7 +1628,7 @@ def test_ranks_share_a_folder(tmp_path):
     with pytest.raises(UserError, match="unfinished"):
         check_manifest(out)
     assert script(*args, env=slurm | {"SLURM_ARRAY_TASK_ID": "1"}).returncode == 0
-    assert [m["rank"] for m in check_manifest(out)] == [0, 1]
+    assert [m.rank for m in check_manifest(out)] == [0, 1]
     verify(out)
     shards = {int(p.stem[-6:]): p for split in ("val", "train") for p in list_shards(out, split)}
     for rank, files in [(0, (0, 2, 4)), (1, (1, 3))]:
@@ -1291,7 +1670,7 @@ def test_demo_is_made_once(tmp_path):
     before = state_of(tmp_path)
     build_demo(out)
     assert state_of(tmp_path) == before
-    out.chmod(0o755)  # for who deletes it
+    out.chmod(0o755)  # so that it can be deleted
 
 
 def test_demo_by_two_processes_at_once(tmp_path):
@@ -1318,7 +1697,7 @@ fineweb.build_demo(sys.argv[1] + "/new/demo")
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new/demo"]
 
 
-def test_demo_leaves_alone_what_is_there(tmp_path):
+def test_demo_keeps_existing_files(tmp_path):
     (tmp_path / "mine").mkdir()
     np.save(tmp_path / "mine/x_train_1.npy", np.arange(9, dtype=np.uint16))
     named(tmp_path / "file", b"a")
@@ -1369,21 +1748,21 @@ def test_verify(made):
     problem("000003.npy: wrong sha256", flipped, cheap=False)
     problem("000003.npy has 2126 bytes, not 2128", good[:-2])
     problem("000003.npy has 2130 bytes, not 2128", good + b"xx")
-    problem("000003.npy is not a whole shard", good.replace(b"<u2", b"<i2"), cheap=False)
+    problem("000003.npy is not a complete shard", good.replace(b"<u2", b"<i2"), cheap=False)
     (made / "text_train_999999.npy").write_bytes(good)
-    with pytest.raises(UserError, match="999999.npy has 2128 bytes, not any"):
+    with pytest.raises(UserError, match="999999.npy is not listed there; remove"):
         check_manifest(made)
     (made / "text_train_999999.npy").unlink()
     shard.unlink()
     problem("000003.npy has no bytes, not 2128")
     ids = open_shard(shard).copy()
-    ids[5] = 50257  # what a faulty writer would have listed with its own hash
+    ids[5] = 50257  # as a faulty writer might have listed it, with its hash
     np.save(shard, ids)
     rewrite(made, shard.name, sha256=hashlib.sha256(shard.read_bytes()).hexdigest())
     with pytest.raises(UserError, match="wrong largest id"):
         verify(made)
     done = script("--verify", made)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert last_line(done.stderr) == f"fineweb.py: {shard}: wrong largest id"
 
 
@@ -1403,7 +1782,7 @@ def test_verify_names_every_fault(made):
     assert {"000000.npy: wrong first id", "000000.npy: wrong documents"} <= {*lines}
 
 
-def test_no_manifest_is_no_complaint_but_verify_needs_one(tmp_path):
+def test_shards_without_a_manifest_are_read_but_not_verified(tmp_path):
     np.save(tmp_path / "x_train_000001.npy", np.arange(9, dtype=np.uint16))
     assert check_manifest(tmp_path) == []
     with pytest.raises(UserError, match="no manifest"):
@@ -1415,15 +1794,15 @@ def test_no_manifest_is_no_complaint_but_verify_needs_one(tmp_path):
 
 
 NO_MANIFEST = [  # its text, what is wrong
-    ("{}", "KeyError: 'shards'"),
+    ("{}", "KeyError: 'name'"),
     ("", r"Expecting value: .* in ''"),
-    ("[]", "TypeError: .*"),
+    ("[]", "AttributeError: .*"),
     ('{"complete": tru', r"Expecting value: .* in '{\"complete\": tru'"),
 ]
 
 
 @pytest.mark.parametrize("text, why", NO_MANIFEST)
-def test_a_manifest_that_is_none(made, text, why):
+def test_a_file_that_is_not_a_manifest_is_refused(made, text, why):
     (made / "manifest.json").write_text(text)
     words = rf"manifest.json is no manifest of fineweb.py \({why}\); .* delete it$"
     for function in (read_manifests, check_manifest, verify, lambda p: open_shards(p, "val")):
@@ -1444,11 +1823,26 @@ def test_open_shards(made):
         open_shards(made, "val")
     (made / "manifest.json").unlink()
     assert len(open_shards(made, "val")) == 1
-    with pytest.raises(UserError, match="text_train_000018.npy is not a whole shard"):
+    with pytest.raises(UserError, match="text_train_000018.npy is not a complete shard"):
         open_shards(made, "train")
 
 
-def test_open_shard_refuses_what_is_none(tmp_path):
+def test_a_token_array_slices_like_one_array(made, tmp_path):
+    for split, expected in [("val", tokens_of(made)[0]), ("train", sum(tokens_of(made)[1:], []))]:
+        tokens = fineweb.open_tokens(made, split)
+        n = len(tokens)
+        assert n == len(expected)
+        ends = (0, 1, 999, 1000, 1001, 2000, 2500, n - 1, n, n + 5, -1, -1000)
+        for start, stop in itertools.product(ends, ends):
+            assert tokens[start:stop].tolist() == expected[start:stop], (start, stop)
+            assert tokens[start:stop].dtype == np.uint16
+        assert tokens[:].tolist() == expected
+    tokens.vocab_size = 100
+    with pytest.raises(UserError, match="the model has only 100 tokens; choose another --data_dir"):
+        tokens[:10]
+
+
+def test_open_shard_refuses_anything_else(tmp_path):
     ids = np.arange(100, dtype=np.uint16)
     header = np.array([20240520, 1, 100] + [0] * 253, "<i4")
     np.save(tmp_path / "good.npy", ids)
@@ -1462,16 +1856,16 @@ def test_open_shard_refuses_what_is_none(tmp_path):
     other_types = ids.astype(np.int32), ids.astype(">u2")
     for array in (*other_types, ids.reshape(10, 10), ids[:0], np.array(5, np.uint16)):
         np.save(tmp_path / "bad.npy", array)
-        with pytest.raises(UserError, match="bad.npy is not a whole shard"):
+        with pytest.raises(UserError, match="bad.npy is not a complete shard"):
             open_shard(tmp_path / "bad.npy")
     for data in (b"", good[:50], good[:-1], good[:-2], good + b"x", b"hello" * 100):
-        with pytest.raises(UserError, match="bad.npy is not a whole shard"):
+        with pytest.raises(UserError, match="bad.npy is not a complete shard"):
             open_shard(named(tmp_path / "bad.npy", data))
     wrong = [header.copy() for _ in range(5)]
     wrong[0][0], wrong[1][1], wrong[2][2], wrong[3][2], wrong[4][2] = 20240801, 2, 101, 0, -1
     cut = [b"", header.tobytes(), header.tobytes()[:7]]
     for data in [h.tobytes() + ids.tobytes() for h in wrong] + cut:
-        with pytest.raises(UserError, match="bad.bin is not a whole shard"):
+        with pytest.raises(UserError, match="bad.bin is not a complete shard"):
             open_shard(named(tmp_path / "bad.bin", data))
     with pytest.raises(UserError, match="none.npy"):
         open_shard(tmp_path / "none.npy")

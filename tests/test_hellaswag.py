@@ -1,35 +1,40 @@
-"""hellaswag.py: losses against hand-worked and float64 references, every shape of batch, every bad
-input, the command line."""
+"""hellaswag.py: losses compared with values worked out by hand and with a float64 reference,
+batches of all shapes, bad input, the download, and the command line."""
 
+import hashlib
 import http.server
 import json
 import math
 import os
 import re
+import subprocess
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
+from urllib.parse import unquote, urlparse
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
 from bench_hellaswag import plain_loop
-from conftest import SHARED, run
+from conftest import ENVIRONMENT, ROOT, SHARED, command, run
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
 from fineweb import UserError, tokenizer
-from hellaswag import Item, batches, evaluate, load_items, pack, picks, score
+from hellaswag import Item, batches, check_memory, evaluate, load_items, pack, picks, score
 from train_gpt2 import GPT, GPTConfig
 
 REAL = SHARED / "hellaswag/hellaswag_val.jsonl"
 N = 201  # items; odd, so that two processes cannot share them evenly
-V = 5003  # ids are folded to so many, for speed, where the tokenizer is not tested; > VOCAB_SLICE
+V = 5003  # where the tokenizer is not tested, ids are taken modulo V, which is faster
 
 
 def made_records(n, seed=0):
-    """Records like HellaSwag's, of made words, of very different lengths."""
+    """Records like HellaSwag's, with random words and very different lengths."""
     rng = np.random.default_rng(seed)
     words = "a cat the dog under runs then quickly Paris jumps, and over 7 boxes of café noodles it"
     words = [*words.split(), "is"]
@@ -63,13 +68,13 @@ def sharp(block_size=1024, vocab_size=V, n_layer=2):
 
 @torch.no_grad()
 def reference(model, items, context=10**9):
-    """The definition, in float64: every ending by itself behind its context's last tokens."""
+    """The definition, in float64: each ending alone, after the last `context` tokens of context."""
     model, table = model.double(), []
     for item in items:
         for ending in item.endings:
             ids = item.context[-context:] + ending
-            hidden = model.transformer(torch.tensor([ids[:-1]]))[0, -len(ending) :]
-            logp = F.log_softmax(model.lm_head(hidden), dim=-1)
+            logits = model(torch.tensor([ids[:-1]]))[0, -len(ending) :]
+            logp = F.log_softmax(logits, dim=-1)
             table.append(-sum(logp[i, token] for i, token in enumerate(ending)))
     model.float()
     return torch.stack(table).view(-1, 4)
@@ -77,7 +82,7 @@ def reference(model, items, context=10**9):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A file of N items, the real ones where they are at hand."""
+    """A file of N items, real ones if they are on this machine."""
     path = tmp_path_factory.mktemp("items") / "items.jsonl"
     if not REAL.exists():
         return write(path, made_records(N))
@@ -115,13 +120,12 @@ def agree(items, losses, expected):
 
 
 class Bigram:
-    """A model that one can work out by hand: the next token depends on the last one only. probs:
-    (V, V), one row per token."""
+    """A model whose losses can be worked out by hand: the next token depends on the last one only.
+    probs: (V, V), one row per token."""
 
     def __init__(self, probs):
         self.config, self.training = SimpleNamespace(block_size=16), True
         self.lm_head = SimpleNamespace(weight=torch.tensor(probs).log().t())
-        self.transformer = lambda idx, **_: F.one_hot(idx, len(probs)).float()
 
     def eval(self):
         self.training = False
@@ -130,17 +134,19 @@ class Bigram:
         self.training = mode
 
 
-def test_hand_worked_table():
+def test_losses_and_answers_worked_out_by_hand(monkeypatch):
+    one_hot = lambda model, idx, *_: F.one_hot(idx, 3).float()  # noqa: E731
+    monkeypatch.setattr(hellaswag, "hidden_states", one_hot)
     model = Bigram([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8], [1 / 4, 1 / 4, 1 / 2]])
     items = [
         Item(0, 3, [2, 0], [[0], [1, 1], [2, 2, 2], [1, 1, 1, 1]], [1, 2, 3, 4]),
         Item(1, 1, [0, 2, 1], [[2, 0], [0, 0], [2, 2], [0, 1]], [2, 2, 2, 2]),
     ]
     by_hand = [
-        # From 0. Ending 0 is likeliest, but its token costs ln 2 = 0.69, and those of ending 3
-        # ln(256/27) / 4 = 0.56.
+        # After 0. Ending 0 is the most likely, but its token has a loss of ln 2 = 0.69, and those
+        # of ending 3 have a mean of ln(256/27) / 4 = 0.56.
         [1 / 2, 1 / 4 * 3 / 4, 1 / 4 * 1 / 2 * 1 / 2, 1 / 4 * 3 / 4 * 3 / 4 * 3 / 4],
-        # From 1. Endings 1 and 2 are equally likely, so the first of them is picked.
+        # After 1. Endings 1 and 2 are equally likely, so the first of them is picked.
         [1 / 8 * 1 / 4, 1 / 8 * 1 / 2, 1 / 8 * 1 / 2, 1 / 8 * 1 / 4],
     ]
     result = evaluate(model, items, "cpu")
@@ -157,8 +163,8 @@ def test_standard_error_and_last_line():
 
 
 def test_reference_depends_on_context_and_order(model, items, expected):
-    """Else the tests below would prove nothing: drop or swap something, and the losses change by
-    far more than 1e-3."""
+    """Otherwise the tests below would prove nothing. If a token is dropped or the order changes,
+    losses change by far more than 1e-3."""
     for change in (lambda ids: ids[1:] or [0], lambda ids: ids[::-1]):
         changed = [replace(item, context=change(item.context)) for item in items[:5]]
         assert (reference(model, changed) - expected[:5]).abs().max() > 0.5
@@ -187,7 +193,7 @@ def test_batches_hold_every_row_once():
             first = sorted(row.slots[0] for part, _ in plan for row in part)
             assert first == [4 * i for i in range(n)]
             for part, T in plan:
-                assert max(len(row.grid[0]) for row in part) <= T
+                assert max(len(row.tokens) for row in part) <= T and T % 8 == 0
                 assert len(part) == 1 or len(part) * T <= budget
 
 
@@ -215,6 +221,91 @@ def test_padding_rows_of_the_vocabulary_count_as_the_model_has_them(items):
     agree(items[:10], score(model, items[:10], "cpu"), reference(model, items[:10]))
 
 
+def test_hidden_states_equal_the_networks_own(model):
+    """hidden_states calls the network's layers one by one. With a causal mask it must give the
+    network's own logits, and a packed row must give those of separate rows."""
+    ids = torch.randint(V, (2, 30), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(30).expand(2, 30)
+    causal = torch.ones(30, 30, dtype=torch.bool).tril().expand(2, 1, 30, 30)
+    with torch.no_grad():
+        hidden = hellaswag.hidden_states(model, ids, positions, causal)
+        torch.testing.assert_close(model.lm_head(hidden), model(ids), rtol=1e-4, atol=1e-4)
+        item = Item(0, 0, ids[0, :9].tolist(), ids[1, :28].view(4, 7).tolist(), [7] * 4)
+        (row,) = pack(0, item, 1024)
+        grid, _, _ = hellaswag.to_tensors([row], len(row.tokens))
+        mask = hellaswag.attention_mask(grid[2])
+        hidden = hellaswag.hidden_states(model, grid[0], grid[1], mask)[0]
+        for i, ending in enumerate(item.endings):
+            alone = model(torch.tensor([item.context + ending[:-1]]))[0]
+            packed = torch.cat([hidden[:9], hidden[9 + 6 * i : 15 + 6 * i]])
+            torch.testing.assert_close(model.lm_head(packed), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_example_and_the_picture_in_the_text():
+    """The docstrings show an item, how it is decided, and how it is packed. All three are true."""
+    text = hellaswag.__doc__
+    record = json.loads(re.search(r"^    (\{.*?\})$", text, re.M | re.S)[1])
+    hellaswag.check_record("", 0, record, "harness")
+    code = re.search(r"^    mean_losses = .*?\n\n", text, re.M | re.S)[0].replace("\n    ", "\n")
+    for label, model in enumerate((sharp(vocab_size=50257), sharp(vocab_size=50257, n_layer=1))):
+        item = hellaswag.encode(0, record, "completion")
+        names = dict(item=item, model=model, torch=torch, F=F)
+        exec(code.strip(), names)
+        assert names["answer"] == picks([item], score(model, [item], "cpu"))[1].item()
+    C, D, a, b, e, f, g = range(7)
+    row, *_ = pack(0, Item(0, 0, [C, D], [[a, b], [e, f, g], [0], [0]], [1] * 4), 1024)
+    assert row.tokens == [C, D, a, e, f] and row.positions == [0, 1, 2, 2, 3]
+    assert row.segments == [0, 0, 1, 2, 2] and row.scored[:5] == [1, 2, 1, 3, 4]
+    assert row.targets[:5] == [a, b, e, f, g] and row.slots[:5] == [0, 0, 1, 1, 1]
+    mask = hellaswag.attention_mask(torch.tensor([row.segments]))[0, 0]
+    drawn = re.findall(r"^ +[CDaef]    ([x.](?:  [x.])*)$", hellaswag.Row.__doc__, re.M)
+    assert [[c == "x" for c in line.split()] for line in drawn] == mask.tolist()
+
+
+class Shifted:
+    """Hidden states and a vocabulary whose logits are like those of OpenAI's models: near -100, and
+    in every second position one token, mostly the target, dominates."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(block_size=64)
+        self.lm_head = torch.nn.Linear(64, V, bias=False)
+        self.hidden = torch.randn(300, 64)
+        self.targets = torch.randint(V, (300,))
+        with torch.no_grad():
+            self.lm_head.weight.normal_(std=0.3)
+            self.lm_head.weight[:, 0] = -10.0
+            self.hidden[:, 0] = 10.0 + 0.3 * torch.randn(300)
+            towards = self.lm_head.weight[self.targets, 1:]
+            self.hidden[::2, 1:] = 4 * towards[::2]
+        self.transformer = None
+
+    def losses(self, dtype):
+        with pytest.MonkeyPatch.context() as patch:
+            hidden = self.hidden[None]
+            patch.setattr(hellaswag, "hidden_states", lambda *args: hidden)
+            grid = torch.zeros(3, 1, 300, dtype=torch.int64)
+            scored = torch.stack([torch.arange(300), self.targets])
+            with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                return hellaswag.token_losses(self, grid, scored)
+
+
+def test_large_logits_lose_little_in_bfloat16():
+    """bfloat16 rounds logits near -100 by up to 0.25 each. hellaswag.py first subtracts their mean.
+    No loss is negative in any precision."""
+    model = Shifted()
+    logits = model.hidden.double() @ model.lm_head.weight.double().t()
+    assert -110 < logits.median() < -90
+    exact = F.cross_entropy(logits, model.targets, reduction="none")
+    assert (exact < 1e-3).sum() > 100 and (exact > 1).sum() > 100
+    rounded = F.cross_entropy(logits.bfloat16().double(), model.targets, reduction="none")
+    assert (rounded - exact).abs().max() > 0.2
+    for dtype, most in ((torch.float32, 1e-4), (torch.float16, 0.02), (torch.bfloat16, 0.08)):
+        losses = model.losses(dtype)
+        assert losses.dtype == torch.float32 and losses.min() >= 0
+        assert (losses - exact).abs().max() < most, dtype
+
+
 def test_autocast_stays_close(model, items, expected):
     with torch.autocast("cpu", torch.bfloat16):
         losses = score(model, items, "cpu")
@@ -228,7 +319,7 @@ def test_small_context_splits_rows_and_cuts_contexts_on_the_left(block_size, ite
     items = [item for item in items if max(map(len, item.endings)) <= block_size][:30]
     result = evaluate(model, items, "cpu")
     for row in (row for item in items for row in pack(0, item, block_size)):
-        assert len(row.grid[0]) <= block_size and max(row.grid[1]) < block_size
+        assert len(row.tokens) <= block_size and max(row.positions) < block_size
     truncated = 0
     for item, losses in zip(items, result.losses):
         # The last token of an ending is not read.
@@ -240,7 +331,7 @@ def test_small_context_splits_rows_and_cuts_contexts_on_the_left(block_size, ite
 
 
 def test_ending_longer_than_the_context():
-    with pytest.raises(UserError, match=r"^item 7 .* 9 tokens.* 8; leave it out$"):
+    with pytest.raises(UserError, match=r"^item 7 .* 9 tokens.* 8; remove the item$"):
         score(sharp(8), [Item(7, 0, [1], [[1] * 9, [1], [1], [1]], [1] * 4)], "cpu")
 
 
@@ -284,15 +375,15 @@ def bad_lines():
     for key in ("ctx", "endings", "label"):
         yield {k: v for k, v in GOOD.items() if k != key}, f": {key} is missing"
     for label in (-1, 4, 1.0, "4", "-1", "two", "", True, None):
-        yield GOOD | dict(label=label), ": label is missing or not one of 0, 1, 2 and 3"
+        yield GOOD | dict(label=label), ": label is missing or is not 0, 1, 2 or 3"
     for endings in (["a"] * 3, ["a"] * 5, "abcd", None):
-        yield GOOD | dict(endings=endings), ": endings is missing or does not hold four"
+        yield GOOD | dict(endings=endings), ": endings is missing or is not a list of four"
     for ending in ("", " \n", None, 4):
-        yield GOOD | dict(endings=["a", "b", "c", ending]), ": an ending is no text, or empty"
+        yield GOOD | dict(endings=["a", "b", "c", ending]), ": an ending is empty or not text"
     for ctx in ("", "  ", 3):
-        yield GOOD | dict(ctx=ctx), ": ctx is missing, or no text, or empty"
-    for ind in (None, "five", 1.5, [1]):
-        yield GOOD | dict(ind=ind), ": ind is no whole number"
+        yield GOOD | dict(ctx=ctx), ": ctx is missing, empty or not text"
+    for ind in (None, "five", 1.5, [1], "9" * 5000, True):
+        yield GOOD | dict(ind=ind), ": ind is not a whole number"
     yield {}, ": ctx .*, endings .*, label "  # all at once
 
 
@@ -304,7 +395,7 @@ def test_bad_line(tmp_path, line, complaint):
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
     with pytest.raises(UserError) as caught:
         load_items(path)
-    sentence = rf"{re.escape(str(path))}, line 2 ?{complaint}[^\n]*; mend or drop the line"
+    sentence = rf"{re.escape(str(path))}, line 2 ?{complaint}[^\n]*; correct or delete the line"
     assert re.fullmatch(sentence, str(caught.value))
 
 
@@ -325,21 +416,21 @@ def test_harness_needs_and_checks_what_it_uses(tmp_path):
     for change, complaint in (
         (dict(activity_label=3), "activity_label"),
         (dict(endings=["a", "b", "c", "[step] "]), "an ending"),
-        (dict(ctx_a="x", ctx_b=None), "ctx_b is missing, or no text"),
-        (dict(ctx_a=["x"], ctx_b=""), "ctx_a is missing, or no text"),
+        (dict(ctx_a="x", ctx_b=None), "ctx_b is not text"),
+        (dict(ctx_a=["x"], ctx_b=""), "ctx_a is not text"),
     ):
         load_items(write(tmp_path / "bad.jsonl", [GOOD | change]))  # fine for the other style
         with pytest.raises(UserError, match=complaint):
             load_items(tmp_path / "bad.jsonl", style="harness")
 
 
-def test_s13_numbers_may_be_text_as_in_the_hubs_export(tmp_path):
+def test_numbers_may_be_text_as_on_the_hub(tmp_path):
     (item,) = load_items(write(tmp_path / "one.jsonl", [GOOD | dict(ind="17", label="2")]))
     assert (item.index, item.label) == (17, 2)
 
 
-def test_s5_what_only_one_encoder_can_encode_is_encoded(tmp_path):
-    spaces = " " * 1_100_000  # of which tiktoken dies
+def test_text_that_only_one_encoder_can_encode(tmp_path):
+    spaces = " " * 1_100_000  # too many for tiktoken
     record = GOOD | dict(ctx=f"a{spaces}b", endings=["\ud800", "b", "c", "d"])
     (item,) = load_items(write(tmp_path / "one.jsonl", [record]))
     assert item.context == [64, *[220] * 1_099_999, 275]
@@ -371,7 +462,7 @@ def test_harness_style(tmp_path):
     assert item.lengths == [len("Stir it."), len(" Wait"), len("a b  c"), len("café")]
 
     plain = GOOD | dict(ctx="The cat", endings=["sat", "ran", "é", "[x] y"])
-    with pytest.warns(UserWarning, match="lacks ctx_a and ctx_b"):
+    with pytest.warns(UserWarning, match="has no ctx_a and ctx_b"):
         (item,) = load_items(write(tmp_path / "two.jsonl", [plain]), style="harness")
     assert item.context == ids("A: The cat") and item.endings[0] == ids(" sat")
     assert item.lengths == [3, 3, 1, 2]
@@ -398,80 +489,188 @@ def test_real_file_loads_whole_and_fits_any_gpt2():
     assert sum(len(row.targets) for row in rows) == tokens
 
 
-# -- download
+# -- Parquet, and the download from the hub
+
+
+def write_parquet(path, records):
+    """The records as the hub has them: the label is text, and there are more columns."""
+    more = {"source_id": "wikihow~1", "split": "val", "split_type": "indomain"}
+    rows = [record | more | {"label": str(record["label"])} for record in records]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_parquet_and_json_lines_give_the_same_scores(data, tmp_path):
+    records = [json.loads(line) for line in data.read_text().splitlines()[:12]]
+    parts = [record | {"ctx_a": record["ctx"], "ctx_b": "he"} for record in records]
+    # The content decides, not the name.
+    one = write(tmp_path / "items.parquet", parts)
+    other = write_parquet(tmp_path / "items.jsonl", parts)
+    for style in ("completion", "harness"):
+        assert load_items(one, style=style) == load_items(other, style=style)
+    model = sharp(vocab_size=50257)
+    a, b = (score(model, load_items(path), "cpu") for path in (one, other))
+    assert torch.equal(a, b) and a.shape == (12, 4)
+
+
+def test_bad_parquet(tmp_path):
+    path = write_parquet(tmp_path / "bad.parquet", [GOOD, GOOD | dict(ctx=None)])
+    with pytest.raises(UserError, match="bad.parquet, line 2: ctx is missing, empty or not text"):
+        load_items(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"bad.parquet cannot be read \(.*\); check the file$"):
+        load_items(path)
+
+
+def test_only_the_default_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("hellaswag_val.jsonl", hellaswag.DATA + "x", tmp_path / hellaswag.DATA):
+        with pytest.raises(UserError, match="no such file; correct --data, or omit it"):
+            load_items(path)
+    (tmp_path / "hellaswag").mkdir()
+    write(tmp_path / hellaswag.OLD_DATA, [GOOD] * 3)
+    assert len(load_items()) == 3  # the file that earlier versions downloaded
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """A local stand-in for the official address: .body and .length are its answer, .hits counts."""
+def hub(tmp_path):
+    """A local stand-in for the hub, with one file, `.body`. `.requests` lists all requests. That the
+    real hub answers in the same way is an assumption."""
+    table = write_parquet(tmp_path / "served", made_records(9))
+    body = table.read_bytes()
+    table.unlink()
+    pinned = f"/datasets/Rowan/hellaswag/resolve/{hellaswag.REVISION}/{hellaswag.FILE}"
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            server.hits += 1
-            self.send_response(200 if server.body else 404)
-            self.send_header("Content-Length", str(server.length or len(server.body)))
+            path = unquote(urlparse(self.path).path)
+            server.requests.append((self.command, path))
+            if path != pinned:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(server.body)))
+            self.send_header("X-Repo-Commit", hellaswag.REVISION)
+            self.send_header("ETag", f'"{hashlib.sha1(server.body).hexdigest()}"')
             self.end_headers()
-            self.wfile.write(server.body)
+            if self.command == "GET":
+                self.wfile.write(server.body)
+
+        do_HEAD = do_GET
 
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.body = (json.dumps(GOOD) + "\n").encode() * hellaswag.N_ITEMS
-    server.length, server.hits = None, 0
-    server.url = f"http://127.0.0.1:{server.server_port}/hellaswag_val.jsonl"
-    monkeypatch.setattr(hellaswag, "URL", server.url)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.body = body
+        server.requests = []
+        server.sha256 = hashlib.sha256(body).hexdigest()
+        server.env = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+            "PYTHONPATH": str(ROOT),
+            "no_proxy": "*",
+        }
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
-def test_download_once_and_whole(server, tmp_path):
-    path = tmp_path / "new/hellaswag_val.jsonl"
-    assert len(load_items(path, 3)) == 3 and path.read_bytes() == server.body
-    load_items(path, 3)
-    assert server.hits == 1 and list(path.parent.iterdir()) == [path]
+def downloads(hub):
+    return [path for command, path in hub.requests if command == "GET" and "/resolve/" in path]
 
 
-def test_download_that_went_wrong_leaves_nothing(server, tmp_path):
-    whole = server.body
-    for server.body, server.length in (
-        (whole, len(whole) + 1),
-        (whole[: len(whole) // 2], None),
-        (b"<html>", None),
-        (b"", None),
-    ):
-        with pytest.raises(UserError, match="cannot be downloaded"):
-            load_items(tmp_path / "new/hellaswag_val.jsonl")
-        assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+def test_download_once_and_only_what_is_pinned(hub, tmp_path):
+    (tmp_path / "load.py").write_text(f"""
+import hellaswag
+for sha256 in ("0" * 64, "{hub.sha256}", "read again"):
+    hellaswag.SHA256 = sha256
+    try:
+        print(len(hellaswag.load_items(limit=5)))
+    except hellaswag.UserError as error:
+        print(error)
+""")
+    done = run(tmp_path / "load.py", cwd=tmp_path, env=hub.env)
+    first, second, third = done.stdout.splitlines()
+    assert first.startswith(f"{hellaswag.DATA} is missing and cannot be downloaded (the server ")
+    assert first.endswith(
+        "; download data/validation-00000-of-00001.parquet of the dataset Rowan/hellaswag on "
+        "huggingface.co and put it at hellaswag/data/validation-00000-of-00001.parquet"
+    )
+    assert (second, third) == ("5", "5") and len(downloads(hub)) == 2
+    assert (tmp_path / hellaswag.DATA).read_bytes() == hub.body
+    assert "%" not in done.stderr  # no progress bar
 
 
-def test_two_processes_download_once_and_fail_together(server, tmp_path):
-    script = tmp_path / "load.py"
-    script.write_text(f"""
-import os, pathlib, sys
+def test_processes_agree_whether_there_are_items(hub, tmp_path):
+    """Two processes download once and fail together. If one of them cannot read the file, or reads
+    other items, both skip HellaSwag with one warning. A NaN in one of them is refused by both."""
+    (tmp_path / "load.py").write_text(f"""
+import os
+from pathlib import Path
+import torch
 import torch.distributed as dist
 import hellaswag
+from hellaswag import items_or_none, load_items
+from train_gpt2 import GPT, GPTConfig
+
 dist.init_process_group("gloo")
-hellaswag.URL = "{server.url}"
-folder = pathlib.Path("{tmp_path}")
-found = len(hellaswag.load_items(folder / "hellaswag_val.jsonl", 5))
-hellaswag.URL += "x"
+rank = dist.get_rank()
+said = []
+
+def note(text):
+    said.append(str(text))
+
+hellaswag.print = lambda text, flush: note(text)
+hellaswag.SHA256 = "0" * 64
 try:
-    hellaswag.load_items(folder / "other/hellaswag_val.jsonlx")
+    load_items()
 except hellaswag.UserError as error:
-    (folder / f"rank{{os.environ['RANK']}}").write_text(f"{{found}} {{error}}")
+    note(error)
+hellaswag.SHA256 = "{hub.sha256}"
+items = items_or_none(hellaswag.DATA, 1024)
+note(len(items))
+
+lines = Path("good.jsonl").read_text().splitlines()
+damaged, other = list(lines), list(lines)
+damaged[3] = "{{"
+other[3], other[4] = other[4], other[3]
+for name, mine in ("damaged", damaged), ("other", other):
+    path = Path(f"{{name}}.jsonl")
+    for turn in (0, 1):  # this file in process `turn`, the good one in the other process
+        Path(f"{{rank}}").mkdir(exist_ok=True)
+        os.chdir(f"{{rank}}")
+        path.write_text("\\n".join(mine if rank == turn else lines))
+        note(items_or_none(path, 1024))
+        os.chdir("..")
+note(items_or_none("good.jsonl", 8))
+
+model = GPT(GPTConfig(vocab_size=50257, n_layer=1, n_head=2, n_embd=16))
+if rank == 1:
+    torch.nn.init.constant_(model.transformer.ln_f.bias, float("nan"))
+try:
+    hellaswag.evaluate(model, items, "cpu", rank, 2)
+except hellaswag.UserError as error:
+    note(error)
+Path(f"said{{rank}}").write_text("\\n".join(said))
 dist.destroy_process_group()
 """)
-    answer = server.RequestHandlerClass.do_GET
-
-    def do_GET(handler):
-        return handler.send_error(404) if handler.path.endswith("x") else answer(handler)
-
-    server.RequestHandlerClass.do_GET = do_GET
-    run(script, processes=2, env={"PYTHONPATH": str(hellaswag.Path(hellaswag.__file__).parent)})
-    one, two = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
-    assert server.hits == 1 and one == two and one.startswith("5 ") and "404" in one
+    write(tmp_path / "good.jsonl", made_records(9))
+    run(tmp_path / "load.py", processes=2, cwd=tmp_path, env=hub.env)
+    one, two = ((tmp_path / f"said{rank}").read_text().splitlines() for rank in (0, 1))
+    assert [line for line in one if "warning: " not in line] == two
+    assert "cannot be downloaded" in two[0] and len(downloads(hub)) == 2
+    nan = "HellaSwag item 3: its losses are [nan, nan, nan, nan]; check the model's weights, and"
+    assert two[1:] == ["9", *["None"] * 5, f"{nan} --dtype"]
+    warnings = [line for line in one if "warning: " in line]
+    off = "warning: HellaSwag is off: "
+    for rank in (0, 1):
+        assert warnings[rank].startswith(f"{off}damaged.jsonl, line 4 is not JSON")
+        assert warnings[rank].endswith(f"correct or delete the line (in process {rank})")
+    differ = "differs between the processes; copy the same file to all machines"
+    assert warnings[2:4] == [f"{off}other.jsonl {differ}"] * 2
+    assert re.fullmatch(f"{off}item .* tokens, .* has 8; remove the item", warnings[4])
+    assert len(warnings) == 5
 
 
 # -- command line
@@ -479,7 +678,7 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A directory as save_pretrained and checkpoints leave it."""
+    """A directory that save_pretrained wrote, like a checkpoint."""
     directory = tmp_path_factory.mktemp("saved") / "step_00250"
     sharp(vocab_size=50257).save_pretrained(directory)
     return directory
@@ -491,10 +690,12 @@ def last_line(done):
 
 @pytest.fixture(scope="module")
 def one(saved, data, tmp_path_factory):
-    """What one run printed, and the file that it wrote."""
+    """What one run printed, and the file that it wrote. The environment is hostile: an encoding
+    without ±, and the variables of torchrun, some of them empty."""
     path = tmp_path_factory.mktemp("out") / "new/one.json"
     args = "--model", saved, "--data", data, "--limit", 41, "--device", "cpu", "--json", path
-    return run("hellaswag.py", *args), path
+    env = {"PYTHONIOENCODING": "ascii", "LOCAL_RANK": "", "RANK": "", "WORLD_SIZE": "2"}
+    return run("hellaswag.py", *args, env=env), path
 
 
 def test_the_command_line_is_an_independent_witness(one, saved, data):
@@ -502,8 +703,8 @@ def test_the_command_line_is_an_independent_witness(one, saved, data):
     done, path = one
     items, ours = load_items(data, 41), GPT.from_pretrained(saved)
     result = evaluate(ours, items, "cpu")
-    assert last_line(done) == str(result)
-    assert "acc_norm=" in done.stderr  # the bar has the running accuracy
+    assert last_line(done) == str(result).replace("±", "?")
+    assert "acc_norm=" in done.stderr  # the progress bar shows the accuracy so far
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert list(records[0]) == ["index", "label", "losses", "lengths", "pick", "pick_norm"]
     losses = torch.tensor([record["losses"] for record in records], dtype=torch.float64)
@@ -545,30 +746,91 @@ def scored(saved, data, *args):
     hellaswag.main([*map(str, ["--model", saved, "--data", data, "--limit", 3, *args])])
 
 
-def test_s6_a_target_that_cannot_be_is_refused_before_the_work(saved, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(hellaswag, "load_items", lambda *args: pytest.fail("it began"))
+def sentence(capsys):
+    """The sentence of an error, which is all that it printed to stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if line and "item/s" not in line]  # without the progress bar
+    assert len(lines) == 1 and lines[0].startswith("hellaswag.py: "), lines
+    return lines[0].removeprefix("hellaswag.py: ")
+
+
+def refused(capsys, *args):
+    """The sentence with which the command line refuses these arguments. The status is 2."""
+    with pytest.raises(SystemExit) as caught:
+        hellaswag.main([*map(str, args)])
+    assert caught.value.code == 2
+    return sentence(capsys)
+
+
+def test_an_impossible_file_is_refused_before_the_work(saved, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hellaswag, "load_items", lambda *args: pytest.fail("the work began"))
     (tmp_path / "file").write_text("mine")
-    for path, why in ((tmp_path, "it is a folder"), (tmp_path / "file/x.json", "File exists")):
-        with pytest.raises(SystemExit, match=rf"cannot be written \({why}\); give another --json"):
-            scored(saved, data, "--json", path)
+    for path, why in ((tmp_path, "it is a directory"), (tmp_path / "file/x.json", "File exists")):
+        said = refused(capsys, "--model", saved, "--data", data, "--json", path)
+        assert said == f"{path} cannot be written ({why}); choose another --json"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_s6_the_result_is_printed_before_it_is_written(saved, data, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_loses_the_file_but_not_the_result(saved, data, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "x.json").write_text("of an earlier run")
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(
-        SystemExit, match="x.json cannot be written .No space left on device.; give"
-    ):
+    with pytest.raises(SystemExit) as caught:
         scored(saved, data, "--device", "cpu", "--json", tmp_path / "x.json")
-    assert capsys.readouterr().out.splitlines()[-1].startswith("3 acc: ")
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out.splitlines()[-1].startswith("3 acc: ")
+    assert err.endswith("cannot be written (No space left on device); choose another --json\n")
     assert (tmp_path / "x.json").read_text() == "of an earlier run"
 
 
-def test_s6_what_is_no_regular_file_is_written_in_place(saved, data, tmp_path):
+def test_a_screen_that_fails_does_not_lose_the_file(saved, data, tmp_path, monkeypatch):
+    """The file is written first. A progress bar that cannot be written is switched off."""
+
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def flush(self):
+            pass
+
+    class ClosedLater(Closed):
+        def write(self, text):
+            if "acc_norm" in text:
+                super().write(text)
+
+    monkeypatch.setattr("sys.stderr", ClosedLater())
+    scored(saved, data, "--device", "cpu", "--json", tmp_path / "one.json")
+    monkeypatch.setattr("sys.stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        scored(saved, data, "--device", "cpu", "--json", tmp_path / "two.json")
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text() != ""
+
+
+def test_no_stderr_and_no_stdout(saved, data, tmp_path):
+    args = ["--model", saved, "--data", data, "--limit", 3, "--device", "cpu"]
+    args += ["--json", tmp_path / "a.json"]
+    closed = ["bash", "-c", 'exec "$@" 2>&-', "bash", *command("hellaswag.py", *args)]
+    done = subprocess.run(closed, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    assert done.returncode == 0 and last_line(done).startswith("3 acc: ")
+    closed[2] = 'exec "$@" >&- 2>&-'
+    (tmp_path / "a.json").unlink()
+    assert subprocess.run(closed, env=os.environ | ENVIRONMENT).returncode == 0
+    assert (tmp_path / "a.json").read_text().count("\n") == 3
+
+
+def test_ctrl_c_exits_with_130(saved, data, monkeypatch):
+    def interrupted(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hellaswag, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        scored(saved, data, "--device", "cpu")
+    assert caught.value.code == 130
+
+
+def test_a_pipe_is_written_in_place_and_a_link_stays_a_link(saved, data, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "real").mkdir()
     (tmp_path / "link.json").symlink_to("real/file.json")
@@ -585,8 +847,8 @@ def test_s6_what_is_no_regular_file_is_written_in_place(saved, data, tmp_path):
 
 def test_compare_finds_no_difference_between_equal_models(one):
     done = run("hellaswag.py", "--compare", one[1], one[1])
-    expected = "B - A: +0.0000, 95% interval +0.0000 to +0.0000 (paired bootstrap)"
-    assert last_line(done) == expected
+    interval = "95% interval +0.0000 to +0.0000 (paired, normal approximation)"
+    assert last_line(done) == f"B - A: +0.0000, {interval}"
 
 
 def test_compare_by_hand(tmp_path):
@@ -599,39 +861,138 @@ def test_compare_by_hand(tmp_path):
     parts = ["a.json acc_norm: 0.2000", "b.json acc_norm: 0.4000"]
     for part in (*parts, "only A is right on 10, only B on 30"):
         assert part in text
-    pattern = r"B - A: \+0\.2000, 95% interval (\S+) to (\S+) \(paired bootstrap\)"
-    low, high = map(float, re.search(pattern, text).groups())
-    stderr = math.sqrt((10 + 30) / 100 - 0.2**2) / math.sqrt(100)  # of 100 values in -1, 0, 1
-    assert abs(low - (0.2 - 1.96 * stderr)) < 0.011 and abs(high - (0.2 + 1.96 * stderr)) < 0.011
+    # 100 values, of which 10 are -1 and 30 are +1: their mean is 0.2, their variance 0.4 - 0.2^2.
+    margin = 1.96 * math.sqrt(0.36 / 100)
+    interval = f"95% interval {0.2 - margin:+.4f} to {0.2 + margin:+.4f}"
+    assert text.endswith(f"B - A: +0.2000, {interval} (paired, normal approximation)")
 
     for broken in (records([1] * 99), [{"x": 1}], []):
         with pytest.raises(UserError):
             hellaswag.compare(a, write(tmp_path / "c.json", broken))
+    for number in (math.nan, math.inf, -math.inf):
+        broken = write(tmp_path / "c.json", [r | dict(losses=[number] * 4) for r in records([1])])
+        with pytest.raises(UserError, match=f"c.json is not .* {json.dumps(number)}.; choose"):
+            hellaswag.compare(a, broken)
     with pytest.raises(UserError, match="no.json"):
         hellaswag.compare(a, tmp_path / "no.json")
 
 
+def test_the_interval_agrees_with_the_bootstrap(tmp_path):
+    """The percentile bootstrap over items (Efron 1979) with 100,000 resamples."""
+    rng = np.random.default_rng(1)
+    hard = rng.random(10042)  # both models find the same items hard
+    files, right = [], []
+    for name, skill in (("a.json", 0.30), ("b.json", 0.315)):
+        right.append(hard + 0.1 * rng.standard_normal(10042) < skill)
+        answers = [dict(index=i, label=1, pick_norm=int(r)) for i, r in enumerate(right[-1])]
+        files.append(write(tmp_path / name, answers))
+    interval = re.search(r"interval (\S+) to (\S+) ", hellaswag.compare(*files))
+    values, counts = np.unique(right[1].astype(int) - right[0], return_counts=True)
+    drawn = rng.multinomial(10042, counts / 10042, size=100_000) @ values / 10042
+    assert np.abs(np.percentile(drawn, [2.5, 97.5]) - [*map(float, interval.groups())]).max() < 5e-4
+
+
 def test_mistakes_are_one_sentence(saved, data, tmp_path, capsys):
-    offline = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    official = tmp_path / "hellaswag_val.jsonl"
-    args = ["--model", saved, "--data", official]
-    done = run("hellaswag.py", *args, check=False, env=offline | {"no_proxy": ""})
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    done = run("hellaswag.py", "--model", saved, check=False, cwd=tmp_path)  # conftest: offline
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("hellaswag.py: ") and "cannot be downloaded" in done.stderr
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "config.json").write_text("{}")  # and no weights
-    absurd = tmp_path / "absurd"
-    absurd.mkdir()
-    (absurd / "config.json").write_text(json.dumps(dict(n_layer=10**9)))
-    for model, sentence in (
-        (tmp_path / "none", "none: no such directory"),
-        (tmp_path, "cannot be loaded"),
-        (absurd, "choose a smaller model"),
+    assert not (tmp_path / hellaswag.DATA).exists()
+    said = refused(capsys, "--model", saved, "--data", tmp_path / "none.jsonl", "--device", "cpu")
+    assert said.startswith(f"{tmp_path}/none.jsonl: no such file; correct --data")
+
+
+def write_config(folder, **settings):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_directories_that_are_no_gpt2_are_one_sentence(saved, tmp_path):
+    run = tmp_path / "run"
+    for name in ("step_00250", "step_01000", "step_00500", "step_old"):
+        write_config(tmp_path / name, model_type="gpt2")
+        (run / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).rename(run / name)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for model, expected in (
+        (tmp_path / "none", "no such directory; give one that exists, or gpt2, gpt2-medium, "),
+        ("openai-community/gpt3", "no such directory"),
+        (write_config(tmp_path / "empty"), "cannot be loaded"),
+        (write_config(tmp_path / "absurd", n_layer=10**9), "choose a smaller model"),
+        (
+            write_config(tmp_path / "llama", model_type="llama", num_hidden_layers=2),
+            "llama is a llama, not a GPT-2; give the directory of a GPT-2",
+        ),
+        (
+            write_config(tmp_path / "crossed", model_type="gpt2", add_cross_attention=True),
+            "crossed is a GPT-2 with cross-attention; give one without it",
+        ),
+        (run, f"run is a run, not a checkpoint; give its newest one, {run}/step_01000"),
+        (adapter, "adapter is an adapter, not a model; merge it and save it first"),
     ):
-        with pytest.raises(SystemExit) as caught:
-            hellaswag.main(["--model", str(model), "--data", str(data), "--device", "cpu"])
-        said = caught.value.code
-        assert said.startswith("hellaswag.py: ") and sentence in said and "\n" not in said
+        with pytest.raises(UserError) as caught:
+            hellaswag.load_gpt2(model)
+        said = str(caught.value)
+        assert expected in said and "\n" not in said
+        assert len(said.replace(str(tmp_path), "")) <= 200
+
+
+def test_weights_that_do_not_fit_are_named_but_not_all(saved, tmp_path):
+    settings = json.loads((saved / "config.json").read_text())
+    for name, change, problem in (
+        ("deeper", dict(n_layer=4), "24 tensors are missing (transformer.h.2.attn.c_attn."),
+        ("shallower", dict(n_layer=1), "11 tensors are unknown (transformer.h.1.attn.c_attn."),
+        ("wider", dict(n_embd=48), "28 tensors are of another shape (transformer.h.0.attn.c_attn."),
+    ):
+        folder = write_config(tmp_path / name, **settings | change)
+        (folder / "model.safetensors").symlink_to(saved / "model.safetensors")
+        with pytest.raises(UserError) as caught:
+            hellaswag.load_gpt2(folder)
+        said = str(caught.value).replace(str(tmp_path), "")
+        assert said.startswith(f"/{name}: its weights do not fit its config.json: {problem}")
+        assert said.endswith(", ...); check its files") and len(said) <= 200
+
+
+def test_openais_names_are_accepted_with_their_organisation(monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(
+        transformers.GPT2Config, "get_config_dict", lambda name: pytest.fail(f"{name} is loaded")
+    )
+    for name in hellaswag.OPENAI:
+        for prefix in ("", "openai-community/"):
+            with pytest.raises(pytest.fail.Exception, match=f"^{prefix}{name} is loaded"):
+                hellaswag.load_gpt2(prefix + name)
+
+
+def test_check_memory(monkeypatch):
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**6}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sysconf", sizes.get, raising=False)
+        check_memory(4096 * 10**6, "gpt2-xl")
+        with pytest.raises(UserError, match="4 GB, and this machine has 4"):
+            check_memory(4096 * 10**6 + 1, "gpt2-xl")
+        with pytest.raises(UserError) as caught:
+            check_memory(10**13, "gpt2-xl")
+        patch.delattr(os, "sysconf")  # as on Windows
+        check_memory(10**13, "gpt2-xl")
+    sizes = "weights of 10,000 GB, and this machine has 4"
+    assert str(caught.value) == f"gpt2-xl: {sizes}; choose a smaller model"
+
+
+def test_weights_of_nan_are_refused(data, tmp_path, capsys):
+    """Otherwise NaN losses count as answers, and acc_norm is 0.25."""
+    model = sharp(vocab_size=50257)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "nan")
+    args = ["--model", tmp_path / "nan", "--data", data, "--limit", 3, "--device", "cpu"]
+    said = refused(capsys, *args, "--json", tmp_path / "nan.json")
+    index = load_items(data, 3)[0].index
+    assert re.match(rf"HellaSwag item {index}: its losses are \[.*nan.*; check the model's", said)
+    assert not (tmp_path / "nan.json").exists()
 
 
 def test_truncation_is_reported(tmp_path, data, capsys):

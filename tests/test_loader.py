@@ -1,6 +1,9 @@
-"""The loader: shards of every name and form, what it refuses. test_1 and test_4 have the rest."""
+"""The loader: shards of every name and format, and what it refuses. (test_1 and test_4 have the
+rest.)"""
 
-import time
+import threading
+from contextlib import nullcontext
+from queue import Queue
 
 import numpy as np
 import pytest
@@ -8,14 +11,16 @@ import torch
 
 import fineweb
 from fineweb import UserError
-from train_gpt2 import Config, DataLoaderLite, read_ahead
+from train_gpt2 import Args, DataLoaderLite, check_folders, prefetch
+
+CPU = torch.device("cpu")
 
 
 def numbered(folder, *lengths, form="npy", name="numbered_train_{:06d}"):
-    """Train shards whose tokens count up across shards: a token is its address in the stream."""
+    """Train shards whose tokens count up across shards: a token is its index in all of them."""
     folder.mkdir()
-    stream = np.arange(sum(lengths), dtype=np.uint16)
-    for i, part in enumerate(np.split(stream, np.cumsum(lengths)[:-1])):
+    tokens = np.arange(sum(lengths), dtype=np.uint16)
+    for i, part in enumerate(np.split(tokens, np.cumsum(lengths)[:-1])):
         path = folder / f"{name.format(i + 1)}.{form}"
         if form == "npy":
             np.save(path, part)
@@ -26,23 +31,35 @@ def numbered(folder, *lengths, form="npy", name="numbered_train_{:06d}"):
     return folder
 
 
-def loader(folder, B, T, total, **flags):
-    shape = dict(seq_len=T, total_batch_size=total)
-    return DataLoaderLite(Config(data_dir=str(folder), **shape, **flags), "train", B)
+def loader(folder, B, T, total, **settings):
+    args = Args(data_dir=str(folder), seq_len=T, total_batch_size=total, **settings)
+    return DataLoaderLite(args, "train", B, device=CPU)
+
+
+def sequences(loader, step):
+    """The indices of the sequences in a step's batch, which start at multiples of T."""
+    return [int(i) // loader.T for x, _ in loader.micro_batches(step) for i in x[:, 0]]
 
 
 @pytest.mark.parametrize("form", ["npy", "bin"])
-def test_order_on_disk_across_shards(tmp_path, form):
-    folder = numbered(tmp_path / "d", 37, 5, 70, 1, form=form)  # 14 windows of 8 + 1, and a token
+def test_the_order_on_disk_runs_across_shards(tmp_path, form):
+    # 14 sequences of 8 + 1 tokens; a fifteenth would lack its last target
+    folder = numbered(tmp_path / "d", 37, 5, 70, 1, form=form)
     unshuffled = loader(folder, 2, 8, 32, shuffle=False)
+    assert unshuffled.n_sequences == 14
     for step in range(9):
-        batch = [t for x, y in read_ahead(unshuffled)(step) for t in torch.cat([x, y[:, -1:]], 1)]
-        windows = [(step * 4 + i) % 14 for i in range(4)]  # a fifteenth would lack its last target
-        assert [t.tolist() for t in batch] == [list(range(8 * w, 8 * w + 9)) for w in windows]
+        batch = unshuffled.micro_batches(step)
+        rows = [row for x, y in batch for row in torch.cat([x, y[:, -1:]], 1).tolist()]
+        indices = [(step * 4 + i) % 14 for i in range(4)]
+        assert rows == [list(range(8 * i, 8 * i + 9)) for i in indices]
+        for ours, expected in zip(prefetch(unshuffled)(step), batch, strict=True):
+            assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
 
 
 def test_targets_are_the_next_tokens(tmp_path):
-    for x, y in read_ahead(loader(numbered(tmp_path / "d", 1000), 2, 8, 32))(0):
+    micro_batches = prefetch(loader(numbered(tmp_path / "d", 1000), 2, 8, 32))(0)
+    assert len(micro_batches) == 2
+    for x, y in micro_batches:
         assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (2, 8)
         assert torch.equal(y, x + 1)
 
@@ -50,62 +67,103 @@ def test_targets_are_the_next_tokens(tmp_path):
 def test_another_seed_is_another_order(tmp_path):
     folder = numbered(tmp_path / "d", 1001)
     one, two, again = (loader(folder, 4, 8, 32, seed=seed) for seed in (1, 2, 1))
-    assert one.order(3) == again.order(3) != two.order(3)
-    assert one.order(77) == again.order(77)  # no state: any step, in any order
+    assert sequences(one, 3) == sequences(again, 3) != sequences(two, 3)
+    assert sequences(one, 77) == sequences(again, 77)  # no state: any step, in any order
+    assert sequences(one, 3) == sequences(again, 3)
 
 
-def test_the_next_step_is_read_meanwhile(tmp_path, monkeypatch):
-    read, done = DataLoaderLite.read_step, []
+class Recorder:
+    """A loader that notes which steps are read, and in which thread. Reading a step waits until its
+    number is in `allowed`."""
 
-    def slow(self, step):
-        time.sleep(0.2)
-        done.append(step)
-        return read(self, step)
+    def __init__(self, overfit_one_batch=False):
+        self.args = Args(overfit_one_batch=overfit_one_batch)
+        self.device = CPU
+        self.began = Queue()  # steps whose reading has begun
+        self.allowed = {step: threading.Event() for step in range(20)}
+        self.threads = set()
 
-    monkeypatch.setattr(DataLoaderLite, "read_step", slow)
-    get_batches = read_ahead(loader(numbered(tmp_path / "d", 1000), 2, 8, 32))
-    get_batches(3)
-    time.sleep(0.5)
-    assert done == [3, 4]
-    began = time.perf_counter()
-    get_batches(4)
-    assert time.perf_counter() - began < 0.1 and done == [3, 4]
+    def micro_batches(self, step):
+        self.began.put(step)
+        self.threads.add(threading.get_ident())
+        assert self.allowed[step].wait(60)
+        return [f"batch {step}"]
 
 
-def test_broken_input_is_one_sentence(tmp_path):
+def test_the_next_step_is_read_while_a_step_trains():
+    loader = Recorder()
+    get_micro_batches = prefetch(loader)
+    for step in (3, 9):
+        loader.allowed[step].set()
+    assert get_micro_batches(3) == ["batch 3"]
+    assert [loader.began.get(timeout=60) for _ in range(2)] == [3, 4]  # 4 is asked for later
+    loader.allowed[4].set()
+    assert get_micro_batches(4) == ["batch 4"]
+    assert loader.began.get(timeout=60) == 5  # so 4 was read once
+    loader.allowed[5].set()
+    assert get_micro_batches(9) == ["batch 9"]  # a step that was not expected
+    assert [loader.began.get(timeout=60) for _ in range(2)] == [9, 10]
+    loader.allowed[10].set()
+    assert len(loader.threads) == 1 and threading.get_ident() not in loader.threads
+
+
+def test_one_batch_is_read_once():
+    loader = Recorder(overfit_one_batch=True)
+    loader.allowed[0].set()
+    get_micro_batches = prefetch(loader)
+    first = get_micro_batches(0)
+    assert get_micro_batches(0) is first and get_micro_batches(0) is first
+    assert loader.began.qsize() == 1
+
+
+def test_an_error_while_reading_reaches_the_training_loop():
+    loader = Recorder()
+    loader.micro_batches = lambda step: {}["missing"]
+    with pytest.raises(KeyError, match="missing"):
+        prefetch(loader)(0)
+
+
+def test_unusable_shards_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no train shards; python fineweb.py --source FILES --out"):
         loader(tmp_path / "empty", 1, 8, 8)
-    with pytest.raises(UserError, match="hold 5 tokens, too few for --seq_len 8"):
-        loader(numbered(tmp_path / "d", 5), 1, 8, 8)
-    flags = dict(seq_len=8, total_batch_size=8, shuffle=False)
-    config = Config(data_dir=str(numbered(tmp_path / "e", 500)), **flags)
-    with pytest.raises(UserError, match="knows 100 ids"):
-        DataLoaderLite(config, "train", 1, n_ids=100).read_step(50)
+    for n, sentence in ((8, "train shards hold 8 tokens, too few for --seq_len 8"), (9, None)):
+        folders = dict(data_dir=str(numbered(tmp_path / str(n), n)), out_dir=str(tmp_path / "out"))
+        args = Args(**folders, seq_len=8, val_every=0)
+        with pytest.raises(UserError, match=sentence) if sentence else nullcontext():
+            check_folders(args)
+    unshuffled = loader(numbered(tmp_path / "e", 500), 1, 8, 8, shuffle=False)
+    unshuffled.micro_batches(50)
+    unshuffled.tokens.vocab_size = 100
+    unshuffled.micro_batches(11)  # ids 88 to 96
+    with pytest.raises(UserError, match="id 104, but the model has only 100 tokens"):
+        unshuffled.micro_batches(12)
     (tmp_path / "e/manifest.json").write_text("{}")
     with pytest.raises(UserError, match="manifest.json is no manifest"):
         loader(tmp_path / "e", 1, 8, 8)
 
 
-def shard_names(folder, *names):
+def list_names(folder, *names):
+    """Make shards with these names, and list those of each split."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        numbered(folder / "x", 9, form=name.split(".")[-1], name="made")
-        (folder / "x" / f"made.{name.split('.')[-1]}").rename(folder / name)
+        form = name.split(".")[-1]
+        numbered(folder / "x", 9, form=form, name="made")
+        (folder / "x" / f"made.{form}").rename(folder / name)
         (folder / "x").rmdir()
     return [[p.name for p in fineweb.list_shards(folder, s)] for s in ("val", "train")]
 
 
 def test_names_of_shards(tmp_path):
-    ours = shard_names(tmp_path / "a", "edufineweb_val_000000.npy", "edufineweb_train_000001.npy")
-    assert ours == [["edufineweb_val_000000.npy"], ["edufineweb_train_000001.npy"]]
-    llmc = shard_names(tmp_path / "b", "tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin")
-    assert llmc == [["tiny_shakespeare_val.bin"], ["tiny_shakespeare_train.bin"]]
+    names = ["edufineweb_val_000000.npy", "edufineweb_train_000001.npy"]  # build-nanogpt's
+    assert list_names(tmp_path / "a", *names) == [names[:1], names[1:]]
+    names = ["tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin"]  # llm.c's
+    assert list_names(tmp_path / "b", *names) == [names[:1], names[1:]]
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]  # modded-nanogpt's
-    assert shard_names(tmp_path / "d", *names) == [names[:1], names[1:]]
-    # the last split word counts; numbers sort as numbers; what begins with a dot is no shard
+    assert list_names(tmp_path / "d", *names) == [names[:1], names[1:]]
+    # The last split in a name counts; numbers sort as numbers; a hidden file is no shard.
     names = ["my_train_set_val_0.npy", "x_train_10.npy", "x_train_2.npy", ".x_train_3.npy"]
-    odd = shard_names(tmp_path / "c", *names, "training_1.npy")
-    assert odd == [["my_train_set_val_0.npy"], ["x_train_2.npy", "x_train_10.npy"]]
-    with pytest.raises(UserError, match="x_train_2.bin.* stands beside it"):
-        shard_names(tmp_path / "c", "x_train_2.bin")
+    found = list_names(tmp_path / "c", *names, "training_1.npy")
+    assert found == [["my_train_set_val_0.npy"], ["x_train_2.npy", "x_train_10.npy"]]
+    with pytest.raises(UserError, match="x_train_2.bin.*remove one of the two"):
+        list_names(tmp_path / "c", "x_train_2.bin")
