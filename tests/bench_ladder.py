@@ -4,7 +4,6 @@ code, on this device.
     python tests/bench_ladder.py                # CUDA: 124M, B=16, T=1024; CPU: a small model
     python tests/bench_ladder.py --batch auto   # the largest B that fits (CUDA)
     python tests/bench_ladder.py --model gpt2 --batch 4 --seq_len 512 --rungs shipped eager auto
-    python tests/bench_ladder.py --rungs eager noscaler                   # the GradScaler's cost
     python tests/bench_ladder.py --accum 4 --rungs none late adamw casts  # what is not done
     python tests/bench_ladder.py --rungs ddp view static  # all GPUs; two processes on a CPU
     python tests/bench_ladder.py --data edu_fineweb10B --steps 47 --rounds 1 --rungs shipped auto
@@ -13,10 +12,10 @@ code, on this device.
     python tests/bench_ladder.py --base DIR --rungs base eager  # DIR: a checkout of another commit
 
 Prints a Markdown table; asserts nothing. Every rung is a process of its own, so that its peak
-memory is its own, and all rungs take turns, `rounds` times, because machines are noisy. MFU is of
-bfloat16's peak, on each rung. "Shipped" is the form of the lecture's repository: bfloat16, eager,
-flash attention, vocabulary 50304, fused AdamW, logits of all positions in float32, memory as the
-system manages it, no GradScaler, and a synchronisation in each step.
+memory is its own, and the rungs take turns, `rounds` times, because machines are noisy. MFU is
+relative to the peak in bfloat16 on each rung. "Shipped" is the form of the lecture's repository:
+bfloat16, no compile, flash attention, vocabulary 50304, fused AdamW, logits of all positions in
+float32, memory as the system manages it, and a synchronization in each step.
 """
 
 import inspect
@@ -41,10 +40,10 @@ import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-ROOT = os.environ.get("LADDER_ROOT") or Path(__file__).resolve().parents[1]  # set for rung base
-sys.path.insert(0, str(ROOT))
-from bench_hellaswag import commit, hardware, heading  # noqa: E402
+from bench_hellaswag import commit, hardware, heading
 
+ROOT = os.environ.get("LADDER_ROOT") or Path(__file__).resolve().parents[1]  # set for rung base
+sys.path.insert(0, str(ROOT))  # in front of bench_hellaswag's
 import train_gpt2  # noqa: E402
 from train_gpt2 import (  # noqa: E402
     GPT,
@@ -68,22 +67,20 @@ class Rung:
     flash: bool = False
     vocab_size: int = 50257
     fused: bool = False
-    logits: bool = True  # of all positions, kept beside the loss, which takes them as float32
-    keep: bool = False  # keep_freed_memory, CPU only
-    plain: bool = False  # train_gpt2.attention as it is: plain products for bfloat16 on a CPU
-    scaler: bool = True  # train_gpt2.make_scaler's, else one that is switched off
-    late: bool = False  # loss and norm of a step are read when the next one has been launched
+    logits: bool = True  # of all positions, returned beside the loss, which takes them as float32
+    keep: bool = False  # train_gpt2.use_cpu_kernels: freed memory is kept, the loss unless compiled
+    attention: bool = False  # and the attention for bfloat16
+    late: bool = False  # a step never waits; its loss and norm are read after the next one began
     adamw: bool = False  # AdamW and clipping compiled
     casts: bool = False  # one autocast around all micro-steps: weights are cast once per step
-    ddp: dict | None = None  # arguments of DDP, with two processes or as many as there are GPUs
+    ddp: dict | None = None  # arguments of DDP, with one process per GPU; two on a CPU
     kernel: str = ""  # of attention, an SDPBackend, instead of PyTorch's choice
     inductor: str = ""  # a switch of torch._inductor.config that is turned on
     residual: bool = False  # the residual stream in bfloat16
 
 
 def ladder(cuda):
-    """{key: Rung}, each with one change more than the one before, then those that stand beside
-    it."""
+    """{key: Rung}. Each has one change more than the one before; the last ones are variants."""
     changes = {
         "tf32": ("TF32", dict(tf32=True)),
         "bfloat16": ("bfloat16", dict(dtype="bfloat16")),
@@ -93,10 +90,10 @@ def ladder(cuda):
         "fused": ("fused AdamW", dict(fused=True)),
         "loss": ("no logits returned", dict(logits=False)),
         "keep": ("freed memory kept (CPU)", dict(keep=True)),
-        "plain": ("plain attention (CPU)", dict(plain=True)),
+        "attention": ("attention by large products (CPU)", dict(attention=True)),
         "auto": ("float32 where it is faster than bfloat16 (CPU)", dict(dtype="auto")),
     }
-    for key in ("keep", "plain", "auto") if cuda else ("tf32",):
+    for key in ("keep", "attention", "auto") if cuda else ("tf32",):
         del changes[key]
     rung = Rung("float32")
     rungs = {"float32": rung}
@@ -107,20 +104,19 @@ def ladder(cuda):
         rungs["autotune"] = replace(rung, name=f"the same, {mode}", mode=mode)
     eager = replace(rung, name="the last rung of ours without compile", compile=False)
     shipped = replace(eager, name="as the lecture's repository ships it", dtype="bfloat16")
-    shipped = replace(shipped, logits=True, keep=False, plain=False, scaler=False)
+    shipped = replace(shipped, logits=True, keep=False, attention=False)
     return rungs | dict(eager=eager, shipped=shipped)
 
 
 def candidates(cuda, base):
-    """{key: Rung} of what train_gpt2.py does not do, measured only if asked for: the last rung of
-    ours, and one change each."""
+    """{key: Rung} of what train_gpt2.py does not do, measured only on request: the last rung of the
+    ladder, with one change each."""
     rung = replace(ladder(cuda)["loss" if cuda else "auto"], compile=cuda)
     changes = {
         "none": ("without any candidate", {}),
-        "late": ("loss and norm read a step late", dict(late=True)),
+        "late": ("no wait within a step, loss and norm read a step late", dict(late=True)),
         "adamw": ("AdamW and clipping compiled", dict(adamw=True)),
         "casts": ("weights cast once per step, no compile", dict(casts=True, compile=False)),
-        "noscaler": ("no GradScaler, no compile", dict(scaler=False, compile=False)),
         "ddp": ("DDP", dict(ddp={})),
         "view": ("DDP, gradients in its buckets", dict(ddp=dict(gradient_as_bucket_view=True))),
         "static": ("DDP, static graph", dict(ddp=dict(static_graph=True))),
@@ -132,7 +128,7 @@ def candidates(cuda, base):
     if cuda:
         changes["cudnn"] = ("cuDNN's attention", dict(kernel="CUDNN_ATTENTION"))
     else:
-        changes["flash_cpu"] = ("flash attention", dict(plain=False, dtype="bfloat16"))
+        changes["flash_cpu"] = ("flash attention", dict(attention=False, dtype="bfloat16"))
     if base:
         name = f"the step of {commit(base) or base}, no compile"
         changes["base"] = (name, dict(compile=False))
@@ -150,10 +146,10 @@ class Options:
     batch: int | Literal["auto"] = 16 if CUDA else 4  # sequences
     seq_len: int = 1024 if CUDA else 256  # tokens
     steps: int = 20 if CUDA else 5  # measured, after three that are not
-    rounds: int = 2  # times that every rung runs, in turns; medians are over all
+    rounds: int = 2  # how often every rung runs, in turns; medians are over all
     accum: int = 1  # micro-steps per step
     data: Path | None = None  # shards to train on, to compare losses with the first row's
-    rungs: tuple[str, ...] = ()  # keys of ladder() and candidates(); all of the ladder unless given
+    rungs: tuple[str, ...] = ()  # keys of ladder() and candidates(); default: all of the ladder
     base: Path | None = None  # a checkout of another commit: its default step is the rung `base`
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     json: Path | None = None  # write all figures to this file
@@ -164,39 +160,62 @@ class Options:
 # One rung, in a process of its own ------------------------------------------------------------
 
 
-def flash_attention(q, k, v, mask=None):
-    """train_gpt2.attention, whatever the device and the precision."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-
-
 returned = None  # the last logits
 
 
-def full_cross_entropy(lm_head, x, targets):
-    """train_gpt2.cross_entropy of whole logits. They outlive it, as in the lecture, where the model
-    returns them too: so torch.compile has to write them to memory."""
+def forward_with_logits(model, idx, targets):
+    """GPT.forward of the lecture, which returns the logits beside the loss. Here a global variable
+    keeps them: torch.compile has to write them to memory, and they live until the next step."""
     global returned
-    logits = lm_head(x)
+    logits = GPT.forward(model, idx)  # (B, T, V)
     returned = logits
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def build(rung, options, device):
+def use_cpu_kernels(rung, model, dtype):
+    """train_gpt2.use_cpu_kernels, or only its part that keeps freed memory."""
+    if not hasattr(train_gpt2, "use_cpu_kernels"):  # an older commit, which has them built in
+        names = ("use_cpu_well", "keep_freed_memory", "use_well")
+        name = next(name for name in names if hasattr(train_gpt2, name))
+        arguments = [torch.device("cpu")] if name == "use_well" else []
+        return getattr(train_gpt2, name)(*arguments)
+    # It replaces the attention if dtype is bfloat16, and the loss if the model is not compiled.
+    dtype = dtype if rung.attention else "float32"
+    compiled = rung.compile or rung.logits
+    train_gpt2.use_cpu_kernels(model, train_gpt2.Args(dtype=dtype, compile=compiled))
+
+
+def never_wait(optimizer):
+    """training_step waits for the norm, to skip a step whose gradient is not finite. With this it
+    does not: fused AdamW looks at found_inf on the device."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clip_without_waiting(params, most):
+        norm = clip(params, most)
+        optimizer.grad_scale = None
+        optimizer.found_inf = (~norm.isfinite()).float()
+        norm.isfinite = lambda: True
+        return norm
+
+    torch.nn.utils.clip_grad_norm_ = clip_without_waiting
+
+
+def build(rung, options, device, dtype):
+    if hasattr(train_gpt2, "prepare_process"):
+        train_gpt2.prepare_process()
+    elif device.type == "cuda":  # an older commit
+        train_gpt2.use_well(device)
     if rung.tf32:
         torch.set_float32_matmul_precision("high")
-    if rung.keep or device.type == "cuda":
-        named = ("use_cpu_well", "keep_freed_memory")  # by older commits
-        older = [getattr(train_gpt2, name) for name in named if hasattr(train_gpt2, name)]
-        older[0]() if older else train_gpt2.use_well(device)
-    # else bfloat16's attention without flash is done in float32
+    # Otherwise bfloat16's attention without flash attention is computed in float32.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    if not rung.plain:
-        train_gpt2.attention = flash_attention
-    if rung.logits:
-        train_gpt2.cross_entropy = full_cross_entropy
     torch.manual_seed(0)
     shape = SIZES.get(options.model, dict(n_layer=4, n_head=4, n_embd=256))
     raw = GPT(GPTConfig(max(1024, options.seq_len), rung.vocab_size, **shape)).to(device)
+    if rung.keep and device.type == "cpu":
+        use_cpu_kernels(rung, raw, dtype)
+    if rung.logits:
+        raw.forward = partial(forward_with_logits, raw)
     optimizer = raw.configure_optimizers(0.1, 6e-4)
     if rung.adamw or not rung.fused:
         form = dict(fused=False, foreach=rung.adamw, capturable=rung.adamw)
@@ -208,10 +227,10 @@ def build(rung, options, device):
         optimizer.step = torch.compile(optimizer.step)
         clip = torch.compile(torch.nn.utils.clip_grad_norm_)
         torch.nn.utils.clip_grad_norm_ = lambda params, most: clip(list(params), most)
+    if rung.late:
+        never_wait(optimizer)
     if rung.residual:
-        raw.transformer.h[0].register_forward_pre_hook(
-            lambda h, args: (args[0].bfloat16(), args[1])
-        )
+        raw.transformer.h[0].register_forward_pre_hook(lambda h, args: (args[0].bfloat16(),))
     if rung.inductor:
         import torch._inductor.config as inductor
 
@@ -222,10 +241,10 @@ def build(rung, options, device):
     return raw, optimizer, model
 
 
-def make_scaler(rung, dtype, device):
-    if rung.scaler and hasattr(train_gpt2, "make_scaler"):  # older commits had none
+def make_scaler(dtype, device):
+    if hasattr(train_gpt2, "make_scaler"):  # some older commits
         return train_gpt2.make_scaler(dtype, device)
-    return torch.amp.GradScaler(device.type, enabled=False)
+    return torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
 
 def busiest(profiler, device):
@@ -252,23 +271,24 @@ def measure(rung, options):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    raw, optimizer, model = build(rung, options, device)
-    dtype = str(train_gpt2.pick_dtype(rung.dtype, device)).removeprefix("torch.")  # was no str
+    dtype = str(train_gpt2.pick_dtype(rung.dtype, device)).removeprefix("torch.")  # was no str once
+    raw, optimizer, model = build(rung, options, device, dtype)
     autocast = torch.autocast(device.type, getattr(torch, dtype), dtype != "float32")
-    scaler = make_scaler(rung, dtype, device)
-    # Before training_step counted the micro-batches, it wanted to be told their number.
+    scaler = make_scaler(dtype, device)
+    # In older commits, the number of micro-batches was an argument of training_step.
     older = len(inspect.signature(training_step).parameters) == 7
     count = [options.accum] if older else []
     kernel = getattr(SDPBackend, rung.kernel if rung.flash else "MATH", None)
     kernels = nullcontext if kernel is None else partial(sdpa_kernel, kernel)
-    B, T, accum, recipe = options.batch, options.seq_len, options.accum, train_gpt2.Config()
+    B, T, accum = options.batch, options.seq_len, options.accum
+    recipe = train_gpt2.Args() if hasattr(train_gpt2, "Args") else train_gpt2.Config()
     if B == "auto":
         with kernels():
             B = train_gpt2.pick_micro_batch_size(replace(recipe, seq_len=T), raw, 1, autocast)
     if options.data:
-        config = replace(recipe, data_dir=str(options.data), seq_len=T)
-        config = replace(config, total_batch_size=B * T * accum)
-        get_batches = train_gpt2.read_ahead(DataLoaderLite(config, "train", B, device=device))
+        args = replace(recipe, data_dir=str(options.data), seq_len=T)
+        args = replace(args, total_batch_size=B * T * accum)
+        get_batches = train_gpt2.prefetch(DataLoaderLite(args, "train", B, device=device))
     generator = torch.Generator().manual_seed(0)
     made = [torch.randint(50257, (B, T + 1), generator=generator) for _ in range(4 * accum)]
     made = [(tokens[:, :-1], tokens[:, 1:]) for tokens in (t.to(device) for t in made)]
@@ -288,7 +308,7 @@ def measure(rung, options):
             unread.append(result)
             while len(unread) > (rung.late and step < options.steps + 2):
                 loss, norm = unread.pop(0)
-                losses.append(loss.item())  # as in the loop: a synchronisation
+                losses.append(loss.item())  # as in the training loop, this waits for the device
                 norm.item()
             end = time.perf_counter()
             seconds.append(end - start)
@@ -329,7 +349,7 @@ def run_child(key, rung, options, processes):
     done = subprocess.run([*command, "--child", key], stdout=subprocess.PIPE, text=True, env=env)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    print(f"\n{key} failed: its message stands above", file=sys.stderr)
+    print(f"\n{key} failed; see its message above", file=sys.stderr)
 
 
 def print_table(rungs, found, options, device, processes):
@@ -386,9 +406,9 @@ def main():
     keys = options.rungs or (*usual, *["base"] * bool(options.base))
     special = options.batch == "auto" or options.data
     if any(rungs[key].ddp is not None for key in keys) and (special or options.accum > 1):
-        sys.exit("the rungs of DDP want a number for --batch, --accum 1, and no --data")
+        sys.exit("the rungs of DDP need a number for --batch, --accum 1, and no --data")
     if "base" in keys and special:
-        sys.exit("the rung base wants a number for --batch, and no --data")
+        sys.exit("the rung base needs a number for --batch, and no --data")
     if options.child:
         return measure(rungs[options.child], options)
     processes = torch.cuda.device_count() if device.type == "cuda" else 2
