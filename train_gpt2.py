@@ -403,7 +403,7 @@ class DataLoaderLite:
     For given settings, a step's batch depends only on its number. So a checkpoint needs no position
     in the data, and 8 GPUs, which share each batch, see the same batches as one GPU."""
 
-    def __init__(self, args, split, B, rank=0, world_size=1, device="cpu"):
+    def __init__(self, args, split, B, rank=0, world_size=1, device=torch.device("cpu")):
         self.args, self.B, self.T = args, B, args.seq_len
         self.rank, self.world_size, self.device = rank, world_size, device
         self.tokens = fineweb.open_tokens(args.data_dir, split)  # memory-mapped, uint16
