@@ -233,7 +233,7 @@ GATHER, BARRIER = ("all_gather_object",), ("barrier",)
 STOP = ("stop?", (), dist.ReduceOp.SUM)
 VALIDATION = ("all_reduce", (2,), dist.ReduceOp.SUM)
 LOSS = ("all_reduce", (), dist.ReduceOp.SUM)
-EVALUATIONS = [STOP, VALIDATION, STOP]  # validation and samples
+EVALUATIONS = [STOP, STOP, VALIDATION, STOP]  # a checkpoint, validation and samples are due
 
 
 def test_ranks_issue_the_same_collectives(two_ranks):
@@ -243,7 +243,7 @@ def test_ranks_issue_the_same_collectives(two_ranks):
     expected += [*EVALUATIONS, STOP, LOSS]  # step 0
     expected += [STOP, LOSS]  # step 1
     expected += [*EVALUATIONS, STOP, LOSS]  # step 2
-    expected += [*EVALUATIONS, STOP, BARRIER]  # after step 2, the last one
+    expected += [*EVALUATIONS, STOP, BARRIER]  # after step 2, the last step
     first, fourth = (rank.train(max_steps=3) for rank in two_ranks())
     assert first.calls == fourth.calls == expected
     n_params = 8 * (50304 + 64) + 12 * 8 * 8 + 13 * 8 + 2 * 8
@@ -265,13 +265,13 @@ def test_resumed_ranks_issue_the_same_collectives(two_ranks):
     first, _ = two_ranks()
     first.train(max_steps=3)
     expected = [GATHER]
-    expected += [*EVALUATIONS, STOP, LOSS]  # step 3, at which the other run ended
+    expected += [*EVALUATIONS, STOP, LOSS]  # step 3, the first after the other run's end
     expected += [*EVALUATIONS, STOP, LOSS]
     expected += [*EVALUATIONS, STOP, BARRIER]
-    runs = two_ranks()
+    runs, often = two_ranks(), dict(val_every=1, sample_every=1, save_every=1)
     checkpoints = [newest_checkpoint(first.out_dir) for _ in runs]  # train() empties its own
     for rank, checkpoint in zip(runs, checkpoints):
-        rank.train(max_steps=5, checkpoint=checkpoint, resume=True, val_every=1, sample_every=1)
+        rank.train(max_steps=5, checkpoint=checkpoint, resume=True, **often)
     assert runs[0].calls == runs[1].calls == expected
     assert runs[0].buckets == runs[1].buckets and len(runs[0].buckets) == 2
 
@@ -279,7 +279,8 @@ def test_resumed_ranks_issue_the_same_collectives(two_ranks):
 def test_ranks_agree_on_the_dtype_and_the_micro_batch(two_ranks, monkeypatch):
     """What each measures by itself: rank 0 decides about bfloat16, the smallest micro-batch wins."""
     monkeypatch.setattr(train_gpt2.timeit, "timeit", lambda *args, **flags: 1.0)
-    flags = dict(max_steps=0, val_every=0, sample_every=0, dtype="auto", micro_batch_size="auto")
+    never = dict(val_every=0, sample_every=0, save_every=0)
+    flags = never | dict(max_steps=0, dtype="auto", micro_batch_size="auto")
     first, fourth = (rank.train(**flags) for rank in two_ranks())
     smallest = ("all_reduce", (), dist.ReduceOp.MIN)
     assert first.calls == fourth.calls == [GATHER, ("broadcast", 0), smallest, STOP, BARRIER]
