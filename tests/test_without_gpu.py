@@ -136,8 +136,8 @@ class Rank:
         self.rank, self.out_dir, self.shards = rank, folder / str(rank), shards
         self.calls, self.buckets, self.evaluated, self.signals = [], [], [], []
 
-    def train(self, others=lambda own: own, signal_to=None, bad_step=None, checkpoint=None, **flags):
-        """others: what another rank says in all_gather_object where this one says `own`.
+    def train(self, others=None, signal_to=None, bad_step=None, checkpoint=None, **flags):
+        """others: a function of what this rank says in all_gather_object, to what the others say.
         signal_to: the rank that receives SIGUSR1 in step 2. bad_step: where a gradient is NaN."""
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -167,7 +167,7 @@ class Rank:
 
         def gather(values, own):
             self.calls.append(("all_gather_object",))
-            values[:] = [others(own)] * 8
+            values[:] = [others(own) if others else own] * 8
             values[self.rank] = own
 
         def hook(state, bucket):  # instead of an all-reduce, which this group cannot do
@@ -195,14 +195,17 @@ class Rank:
         often = dict(val_every=2, val_tokens=640, hellaswag_every=0, sample_every=2, save_every=2)
         rest = dict(sample_tokens=2, device="cpu", dtype="float32", data_dir=str(self.shards))
         args = Args(**shape | batch | often | rest | flags, out_dir=str(self.out_dir))
-        store = dict(rank=self.rank, world_size=8, store=FakeStore())
+
+        def fake_group(*args, **flags):
+            real_init("fake", rank=self.rank, world_size=8, store=FakeStore())
+
         try:
             with pytest.MonkeyPatch.context() as patch:
                 for key in ("RANK", "LOCAL_RANK"):
                     patch.setenv(key, str(self.rank))
                 for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                     patch.setenv(key, "8")
-                patch.setattr(dist, "init_process_group", lambda *a, **k: real_init("fake", **store))
+                patch.setattr(dist, "init_process_group", fake_group)
                 patch.setattr(dist, "all_reduce", all_reduce)
                 patch.setattr(dist, "broadcast", broadcast)
                 patch.setattr(dist, "all_gather_object", gather)
@@ -277,7 +280,7 @@ def test_resumed_ranks_issue_the_same_collectives(two_ranks):
 
 
 def test_ranks_agree_on_the_dtype_and_the_micro_batch(two_ranks, monkeypatch):
-    """What each measures by itself: rank 0 decides about bfloat16, the smallest micro-batch wins."""
+    """Rank 0 decides whether bfloat16 is faster, and the smallest micro-batch wins."""
     monkeypatch.setattr(train_gpt2.timeit, "timeit", lambda *args, **flags: 1.0)
     never = dict(val_every=0, sample_every=0, save_every=0)
     flags = never | dict(max_steps=0, dtype="auto", micro_batch_size="auto")
