@@ -37,10 +37,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from bench_hellaswag import commit, hardware, heading
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-
-from bench_hellaswag import commit, hardware, heading
 
 ROOT = os.environ.get("LADDER_ROOT") or Path(__file__).resolve().parents[1]  # set for rung base
 sys.path.insert(0, str(ROOT))  # in front of bench_hellaswag's

@@ -138,7 +138,7 @@ def bench_sampling(setup, options, rows=4):
             seconds[use_cache] = time.perf_counter() - start
     what = f"{rows} rows of {options.new_tokens} new tokens"
     factor = seconds[False] / seconds[True]
-    row("sampling", f"{what}, all tokens computed again for each new one", f"{seconds[False]:.1f} s")
+    row("sampling", f"{what}, the whole prefix computed again for each", f"{seconds[False]:.1f} s")
     row("sampling", f"{what}, keys and values kept", f"{seconds[True]:.1f} s: {factor:.1f}×")
 
 

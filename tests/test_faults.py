@@ -1,5 +1,5 @@
-"""What can happen to a run that takes a week: bad weights, damaged files, full disks, signals, nodes
-that vanish. Tests that start many processes are marked `faults`, and
+"""What can happen to a run that takes a week: bad weights, damaged files, full disks, signals,
+nodes that vanish. Tests that start many processes are marked `faults`, and
 `python -m pytest -n 0 -m faults` runs them."""
 
 import errno
@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,9 +113,7 @@ def test_masks_in_old_files_are_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("evaluation", ["evaluate", "hellaswag.evaluate", "print_samples"])
-def test_the_checkpoint_is_written_before_the_evaluations(
-    base, tmp_path, monkeypatch, evaluation
-):
+def test_the_checkpoint_is_written_before_the_evaluations(base, tmp_path, monkeypatch, evaluation):
     """In step 4 a checkpoint, validation, HellaSwag and samples are due, and one of them fails."""
     results = {
         "evaluate": (train_gpt2, 1.0),
@@ -156,7 +153,7 @@ def test_a_closed_pipe_ends_quietly_after_a_checkpoint(base, tmp_path):
     out = tmp_path / "out"
     flags = [*TINY_RUN, "--data_dir", base[0], "--out_dir", out, "--max_steps", 100000]
     process = start(*flags, stderr=subprocess.PIPE)
-    while "| loss" not in process.stdout.readline():  # of a step: before it there is nothing to save
+    while "| loss" not in process.stdout.readline():  # before a step there is nothing to save
         assert process.poll() is None
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(60) == 128 + signal.SIGPIPE
@@ -263,7 +260,7 @@ def test_weights_that_are_a_pointer_to_git_lfs(base, tmp_path):
 
 
 def test_variables_of_torchrun_without_torchrun(base, tmp_path):
-    """RANK alone is refused. WORLD_SIZE alone is set by some cluster software, and means nothing."""
+    """RANK alone is refused. WORLD_SIZE alone, which some clusters set, means nothing."""
     done = train(base[0], tmp_path / "out", env={"RANK": "0"}, check=False)
     refused(done, "RANK is set, but WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not")
     others = dict(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
@@ -324,7 +321,7 @@ def test_a_folder_that_cannot_be_written(base, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_no_room_for_the_log(base, tmp_path, monkeypatch):
-    """T18: the disk is full from step 3 on; or log.txt is cut within a line. All complete records
+    """The disk is full from step 3 on; or log.txt is cut within a line. All complete records
     before that stay."""
     shards, out, _ = base
     write = train_gpt2.Log.write
@@ -483,7 +480,7 @@ KILLS = {  # when the process is killed: how many times, and whether the log sho
     "during a save": (3, lambda out, log: any(out.glob("tmp_step_*"))),
     "before the first checkpoint": (2, lambda out, log: "1 norm" in log),
     "in validation": (2, lambda out, log: f"\n{random.choice([4, 14, 24])} norm" in log),
-    "at a random moment": (5, lambda out, log: random.random() < 0.02),
+    "at a random moment": (5, lambda out, log: "norm" in log and random.random() < 0.05),
 }
 
 

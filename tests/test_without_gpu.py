@@ -136,8 +136,8 @@ class Rank:
         self.rank, self.out_dir, self.shards = rank, folder / str(rank), shards
         self.calls, self.buckets, self.evaluated, self.signals = [], [], [], []
 
-    def train(self, others=lambda own: own, signal_to=None, bad_step=None, checkpoint=None, **flags):
-        """others: what another rank says in all_gather_object where this one says `own`.
+    def train(self, others=None, signal_to=None, bad_step=None, checkpoint=None, **flags):
+        """others: a function of what this rank says in all_gather_object, to what the others say.
         signal_to: the rank that receives SIGUSR1 in step 2. bad_step: where a gradient is NaN."""
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -167,7 +167,7 @@ class Rank:
 
         def gather(values, own):
             self.calls.append(("all_gather_object",))
-            values[:] = [others(own)] * 8
+            values[:] = [others(own) if others else own] * 8
             values[self.rank] = own
 
         def hook(state, bucket):  # instead of an all-reduce, which this group cannot do
@@ -195,14 +195,17 @@ class Rank:
         often = dict(val_every=2, val_tokens=640, hellaswag_every=0, sample_every=2, save_every=2)
         rest = dict(sample_tokens=2, device="cpu", dtype="float32", data_dir=str(self.shards))
         args = Args(**shape | batch | often | rest | flags, out_dir=str(self.out_dir))
-        store = dict(rank=self.rank, world_size=8, store=FakeStore())
+
+        def fake_group(*args, **flags):
+            real_init("fake", rank=self.rank, world_size=8, store=FakeStore())
+
         try:
             with pytest.MonkeyPatch.context() as patch:
                 for key in ("RANK", "LOCAL_RANK"):
                     patch.setenv(key, str(self.rank))
                 for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                     patch.setenv(key, "8")
-                patch.setattr(dist, "init_process_group", lambda *a, **k: real_init("fake", **store))
+                patch.setattr(dist, "init_process_group", fake_group)
                 patch.setattr(dist, "all_reduce", all_reduce)
                 patch.setattr(dist, "broadcast", broadcast)
                 patch.setattr(dist, "all_gather_object", gather)
@@ -233,7 +236,7 @@ GATHER, BARRIER = ("all_gather_object",), ("barrier",)
 STOP = ("stop?", (), dist.ReduceOp.SUM)
 VALIDATION = ("all_reduce", (2,), dist.ReduceOp.SUM)
 LOSS = ("all_reduce", (), dist.ReduceOp.SUM)
-EVALUATIONS = [STOP, VALIDATION, STOP]  # validation and samples
+EVALUATIONS = [STOP, STOP, VALIDATION, STOP]  # a checkpoint, validation and samples are due
 
 
 def test_ranks_issue_the_same_collectives(two_ranks):
@@ -243,7 +246,7 @@ def test_ranks_issue_the_same_collectives(two_ranks):
     expected += [*EVALUATIONS, STOP, LOSS]  # step 0
     expected += [STOP, LOSS]  # step 1
     expected += [*EVALUATIONS, STOP, LOSS]  # step 2
-    expected += [*EVALUATIONS, STOP, BARRIER]  # after step 2, the last one
+    expected += [*EVALUATIONS, STOP, BARRIER]  # after step 2, the last step
     first, fourth = (rank.train(max_steps=3) for rank in two_ranks())
     assert first.calls == fourth.calls == expected
     n_params = 8 * (50304 + 64) + 12 * 8 * 8 + 13 * 8 + 2 * 8
@@ -265,21 +268,22 @@ def test_resumed_ranks_issue_the_same_collectives(two_ranks):
     first, _ = two_ranks()
     first.train(max_steps=3)
     expected = [GATHER]
-    expected += [*EVALUATIONS, STOP, LOSS]  # step 3, at which the other run ended
+    expected += [*EVALUATIONS, STOP, LOSS]  # step 3, the first after the other run's end
     expected += [*EVALUATIONS, STOP, LOSS]
     expected += [*EVALUATIONS, STOP, BARRIER]
-    runs = two_ranks()
+    runs, often = two_ranks(), dict(val_every=1, sample_every=1, save_every=1)
     checkpoints = [newest_checkpoint(first.out_dir) for _ in runs]  # train() empties its own
     for rank, checkpoint in zip(runs, checkpoints):
-        rank.train(max_steps=5, checkpoint=checkpoint, resume=True, val_every=1, sample_every=1)
+        rank.train(max_steps=5, checkpoint=checkpoint, resume=True, **often)
     assert runs[0].calls == runs[1].calls == expected
     assert runs[0].buckets == runs[1].buckets and len(runs[0].buckets) == 2
 
 
 def test_ranks_agree_on_the_dtype_and_the_micro_batch(two_ranks, monkeypatch):
-    """What each measures by itself: rank 0 decides about bfloat16, the smallest micro-batch wins."""
+    """Rank 0 decides whether bfloat16 is faster, and the smallest micro-batch wins."""
     monkeypatch.setattr(train_gpt2.timeit, "timeit", lambda *args, **flags: 1.0)
-    flags = dict(max_steps=0, val_every=0, sample_every=0, dtype="auto", micro_batch_size="auto")
+    never = dict(val_every=0, sample_every=0, save_every=0)
+    flags = never | dict(max_steps=0, dtype="auto", micro_batch_size="auto")
     first, fourth = (rank.train(**flags) for rank in two_ranks())
     smallest = ("all_reduce", (), dist.ReduceOp.MIN)
     assert first.calls == fourth.calls == [GATHER, ("broadcast", 0), smallest, STOP, BARRIER]
