@@ -994,6 +994,9 @@ def save_hugging_face(model, directory):
         fineweb.save_tokenizer(directory, c.block_size)
 
 
+GPT.save_pretrained = save_hugging_face  # the name that models of transformers have, too
+
+
 # A run's output, signals, checkpoints and log -------------------------------------------------
 
 
