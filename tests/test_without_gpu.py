@@ -473,16 +473,16 @@ def test_the_gpu_of_a_process(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_process_of_the_second_machine_connects_its_own_gpu(monkeypatch, device):
-    """Process 9 of 16 is process 1 of its machine, and uses GPU 1 there: for its tensors, for NCCL,
-    and in the thread that reads ahead."""
+    """Four processes per machine, with 8 GPUs each: process 5 is number 1 of the second machine, and
+    uses GPU 1 there for its tensors, for NCCL, and in the thread that reads ahead."""
     calls = []
-    for name, value in (("RANK", 9), ("LOCAL_RANK", 1), ("WORLD_SIZE", 16)):
+    for name, value in (("RANK", 5), ("LOCAL_RANK", 1), ("WORLD_SIZE", 8)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: calls.append(("set_device", gpu)))
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **flags: calls.append((*a, flags)))
     gpu = torch.device("cuda", 1) if device == "cuda" else torch.device("cpu")
-    assert init_distributed(device) == (9, 16, gpu)
+    assert init_distributed(device) == (5, 8, gpu)
     if device == "cpu":
         assert calls == [("gloo", {})]
         return
