@@ -109,15 +109,6 @@ def reading(path):
     return as_user_error(f"{path} cannot be read", "look at the file")
 
 
-def check_memory(needed, what):
-    """UserError if this machine's memory is smaller than `needed` bytes."""
-    if hasattr(os, "sysconf"):
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > have:
-            sizes = f"{needed / 1e9:,.0f} GB, and this machine has {have / 1e9:,.0f}"
-            raise UserError(f"{what}: weights of {sizes}; choose a smaller model")
-
-
 def say(text, stream="stdout"):
     """Print a line. If nobody can read it, as after `| head -1`, the work continues in silence."""
     try:
