@@ -859,7 +859,7 @@ def pick_micro_batch_size(args, model, world_size, autocast, checkpoint=None):
         return args.micro_batch_size
     device = model.lm_head.weight.device
     machine = [world_size, describe_device(device), args.dtype]
-    if checkpoint and checkpoint.get("machine") == machine:
+    if all(gather(checkpoint is not None and checkpoint.get("machine") == machine)):
         return checkpoint["micro_batch_size"]
     most = get_batch_size(0, args) // (args.seq_len * world_size)
     most = most & -most  # the largest power of two that divides it
