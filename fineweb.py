@@ -109,15 +109,6 @@ def reading(path):
     return as_user_error(f"{path} cannot be read", "look at the file")
 
 
-def check_memory(needed, what):
-    """UserError if this machine's memory is smaller than `needed` bytes."""
-    if hasattr(os, "sysconf"):
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > have:
-            sizes = f"{needed / 1e9:,.0f} GB, and this machine has {have / 1e9:,.0f}"
-            raise UserError(f"{what}: weights of {sizes}; choose a smaller model")
-
-
 def say(text, stream="stdout"):
     """Print a line. If nobody can read it, as after `| head -1`, the work continues in silence."""
     try:
@@ -269,8 +260,8 @@ def natural_order(name):
 
 
 def list_shards(data_dir, split=None):
-    """The paths of a folder's shards in order: those of "train", of "val", or all. A file with two
-    names, one of which is a link, counts once. No shard of a given split is a UserError."""
+    """The paths of a folder's shards in order: those of "train", of "val", or all. A file that also
+    has a link to it counts once. UserError if there are none of the given split."""
     with reading(data_dir):
         names = os.listdir(data_dir) if os.path.isdir(data_dir) else []
     found = {}  # the path of each real file
@@ -366,8 +357,8 @@ def describe_shards(data_dir):
 
 
 def from_json(cls, entries):
-    """An object of a dataclass from a dict that was read from a file, with all types checked.
-    Entries that the dataclass does not have are ignored."""
+    """Make an object of the dataclass `cls` from a dict, and check the types of its fields. Entries
+    that the dataclass does not have are ignored."""
     values = {}
     for field in fields(cls):
         if field.name in entries or field.default is MISSING:
@@ -396,7 +387,7 @@ class Shard:
 
 @dataclass(kw_only=True)
 class Manifest:
-    """The manifest.json in a folder of shards; each rank of several has its own."""
+    """The manifest.json of a folder of shards. If several ranks share the folder, each has one."""
 
     name: str  # of the manifest's file
     source: list  # --source and --name
@@ -410,10 +401,11 @@ class Manifest:
     shards: list
     skipped: dict  # how many texts were skipped, by reason
     complete: bool
-    files: list  # [path below their common folder, bytes] of local files; names on the hub
+    files: list  # of each: [path below the common folder, bytes], or its name on the hub
     times: list | None = None  # when each local file was last changed, in nanoseconds
     consumed: list  # what the shards hold: files, chunks of the next file, tokens of the next chunk
-    # `consumed` counts chunks, so these must not change before the data set is complete.
+    # Because `consumed` counts chunks, these must not change before the data set is complete.
+    # The defaults are for older manifests, which do not have them.
     chunk_size: int = 1 << 22
     large_row_group: int = 64 << 20
     chunk_rows: int = 1000
@@ -444,9 +436,8 @@ class Manifest:
 
     @classmethod
     def load(cls, path):
-        with as_user_error(
-            f"{path} is no manifest of fineweb.py", "to use the shards as they are, delete it"
-        ):
+        remedy = "to use the shards as they are, delete it"
+        with as_user_error(f"{path} is no manifest of fineweb.py", remedy):
             entries = json.loads(path.read_text())
             entries["encoder_json"] = entries.get("encoder.json")
             manifest = from_json(cls, entries)
@@ -520,8 +511,8 @@ def read_manifests(data_dir):
 
 
 def check_manifest(data_dir):
-    """The cheap part of --verify: the data set must be finished, and have the shards that its
-    manifests list, by name and size, and no others. Returns the manifests."""
+    """The cheap part of --verify: UserError unless the data set is finished and has exactly the
+    shards that its manifests list, by name and size. Returns the manifests."""
     manifests = read_manifests(data_dir)
     if not manifests:
         return []
@@ -721,10 +712,11 @@ CHUNK_ROWS = 1000  # rows in a chunk of such a row group, or of an Arrow file
 
 # A txt file is cut into chunks only where GPT-2's tokenizer always begins a new word, so that the
 # ids are those of the uncut text. That is before white space that follows another character, and
-# before punctuation that follows a letter or digit. But a <|endoftext|> is not cut from the end of
-# its line, because SEPARATOR must see both.
-CUT = re.compile(r"\S(?=[ \t\r\n])(?<!<\|endoftext\|>)|[^\W_](?=[,.;:!?、。，！？])")
-SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*(?:\r?\n|\Z)", re.M)
+# before punctuation that follows a letter or digit. There is no cut right after <|endoftext|>,
+# because SEPARATOR must see where its line ends.
+CUT = re.compile(r"\S(?=[ \t\r\n])|[^\W_](?=[,.;:!?、。，！？])")
+# The lookbehind means "at the start of a line". ^ would say the same, but a search for it is slow.
+SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)[ \t]*(?:\r?\n|\Z)")
 
 
 @dataclass
@@ -849,15 +841,23 @@ def parse_lines(path, column, first_number, lines):
 def txt_chunks(path, column):
     with open_stream(path) as file:
         stream = io.TextIOWrapper(file, "utf-8-sig", "surrogatepass", newline="")
-        text = ""
+        text = ""  # what was read and is not in a chunk yet
         while block := stream.read(CHUNK_SIZE):
-            start = len(text)
-            text += block
-            cut = CUT.search(text, start) if start > 0 else None
-            if cut:
-                yield partial(split_documents, text[: cut.end()])
-                text = text[cut.end() :]
+            end = find_cut(text, block)
+            if text and end:
+                yield partial(split_documents, text + block[:end])
+                text = block[end:]
+            else:
+                text += block
         yield partial(split_documents, text)
+
+
+def find_cut(text, block):
+    """The first index at which `block`, which follows `text`, may be cut; None if there is none."""
+    for match in CUT.finditer(block):
+        if not (text[-13:] + block[: match.end()]).endswith("<|endoftext|>"):
+            return match.end()
+    return None
 
 
 def split_documents(text):
@@ -916,10 +916,10 @@ def check_encoders_agree(path, text):
 
 
 def tokenize_all(chunks, workers):
-    """An iterator over (chunk, result of tokenize) for all chunks, in their order."""
+    """An iterator over ((file, number), result of tokenize) for all chunks, in their order."""
     pool = start_pool(workers) if workers > 0 else None
     if pool is None:
-        return ((chunk, tokenize(chunk)) for chunk in chunks)
+        return (((chunk.file, chunk.number), tokenize(chunk)) for chunk in chunks)
     return tokenize_in_pool(chunks, pool, workers)
 
 
@@ -948,21 +948,22 @@ def start_worker():
 
 
 def tokenize_in_pool(chunks, pool, workers):
-    pending = deque()  # (chunk, future), in order
+    pending = deque()  # ((file, number), future) of chunks, whose texts are not kept here
     chunks = iter(chunks)
     try:
         with interrupt_between_chunks() as interrupted:
             while True:
                 # Memory stays bounded: each worker has one chunk in work and one that waits.
                 while len(pending) <= 2 * workers and (chunk := next(chunks, None)):
-                    pending.append((chunk, pool.submit(tokenize, chunk)))
+                    future = pool.submit(tokenize, chunk)
+                    pending.append(((chunk.file, chunk.number), future))
                 if not pending:
                     return
-                chunk, future = pending.popleft()
+                position, future = pending.popleft()
                 result = future.result()
                 if interrupted.is_set():
                     raise KeyboardInterrupt
-                yield chunk, result
+                yield position, result
     except BrokenProcessPool as error:
         what = "--workers: a worker was killed, perhaps because memory ran out"
         raise UserError(f"{what}; give fewer") from error
@@ -1027,8 +1028,8 @@ class ShardWriter:
         self.manifest = manifest
         self.out = out
 
-    def add(self, chunk, ids, skipped):
-        """Take the results of the next chunk. Returns the number of tokens that are new."""
+    def add(self, position, ids, skipped):
+        """Take the results of the next chunk, (file, number). Returns how many tokens are new."""
         used = min(self.tokens_to_skip, len(ids))
         self.tokens_to_skip -= used
         new = len(ids) - used
@@ -1037,7 +1038,7 @@ class ShardWriter:
             if self.filled == len(self.buffer):
                 is_first = self.manifest.rank == 0 and not self.manifest.shards
                 self.write("val" if is_first else "train", self.buffer)
-                self.manifest.consumed = [chunk.file, chunk.number, used]
+                self.manifest.consumed = [*position, used]
                 self.manifest.save(self.out)
                 self.filled = 0
             taken = min(len(self.buffer) - self.filled, len(ids) - used)
@@ -1123,9 +1124,9 @@ def build(config):
     chunks = list_chunks(paths, config.text_column, manifest.consumed)
     results = tokenize_all(chunks, config.workers)
     with closing(Progress("tok", tokens_before)) as progress, closing(results):
-        for chunk, (ids, skipped) in results:
-            new = writer.add(chunk, ids, skipped)
-            fraction = chunk.file / len(paths)
+        for position, (ids, skipped) in results:
+            new = writer.add(position, ids, skipped)
+            fraction = position[0] / len(paths)
             progress.update(new, fraction, shards=len(manifest.shards))
     if not manifest.shards and writer.filled == 0 and config.world_size == 1:
         what = f"{config.source} has no text in {config.text_column}"

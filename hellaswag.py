@@ -29,7 +29,7 @@ per token counts as its answer, and the answer is right if it equals the label:
         mean_losses.append(F.cross_entropy(logits, torch.tensor(ending)).item())
     answer = mean_losses.index(min(mean_losses))
 
-This file computes the same losses two to three times as fast. train_gpt2.py calls `evaluate` with
+This file computes the same losses about twice as fast. train_gpt2.py calls `evaluate` with
 its own network. The command line scores transformers' GPT-2 instead, so it is an independent check
 of the number in a run's log. Its last line reads
 

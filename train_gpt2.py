@@ -8,7 +8,7 @@
     python train_gpt2.py --init_from gpt2 --sample_only     # prints samples from OpenAI's GPT-2
 
 To learn how GPT-2 is trained, read from here to the end of train(). The code follows Andrej
-Karpathy's lecture "Let's reproduce GPT-2 (124M)":
+Karpathy's lecture "Let's reproduce GPT-2 (124M)". Its parts:
 
     GPTConfig, CausalSelfAttention, MLP, Block, GPT ... the network, its initial weights, the loss
     GPT.from_pretrained ............................... OpenAI's weights
@@ -36,8 +36,9 @@ paths for CPUs, and the command line. You can skip it. These names come from the
     load_hellaswag .......... the HellaSwag examples, or None
     Run ..................... log.txt, checkpoint files, console output, Ctrl-C
 
-KVCache, use_cpu_kernels and hellaswag.py compute the same network in other ways. If you change the
-network, change these as well; the tests check that they agree.
+KVCache, use_cpu_kernels and hellaswag.py repeat parts of the network in faster forms. If you change
+the network, change these as well; the tests check that they agree.
+
 Shapes: B sequences of T tokens, C channels (n_embd), H attention heads of D channels each, V tokens
 in the vocabulary. Papers: GPT-1 and GPT-2, Radford et al. 2018 and 2019; GPT-3, Brown et al. 2020.
 """
@@ -74,7 +75,7 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token collects information from itself and earlier tokens. It must predict the next."""
+    """A token sees itself and earlier tokens, never later ones: the next is what it predicts."""
 
     def __init__(self, config):
         super().__init__()
@@ -91,18 +92,18 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         v = v.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
-        # Each token's query is compared with the keys of all tokens up to itself; their values are
-        # averaged accordingly (Vaswani et al. 2017, equation 1, with a causal mask):
+        # Each query is compared with the keys of all tokens up to its own. Softmax turns the scores
+        # into weights that average the values (Vaswani et al. 2017, equation 1, masked):
         #     att = q @ k.transpose(2, 3) / math.sqrt(D)  # (B, H, T, T)
         #     att = att.masked_fill(future, -math.inf)  # future: True where the key comes later
         #     y = F.softmax(att, dim=-1) @ v
-        # If q and k have variance 1, their dot product has variance D; dividing by sqrt(D) makes it
-        # 1 again. With larger scores, softmax puts almost all weight on one token, and almost no
-        # gradient gets through it. On recent NVIDIA GPUs, in bfloat16 or float16, the call below
-        # runs as flash attention (Dao et al. 2022): tile by tile in fast on-chip memory. Each tile
-        # updates a row's maximum and sum, which softmax needs, and rescales the result so far. The
-        # (B, H, T, T) matrix is never stored (backward() computes it again): writing it to main
-        # memory and reading it back would take longer than the arithmetic.
+        # If entries of q and k are independent, of variance 1, their dot product has variance D;
+        # dividing by sqrt(D) makes it 1 again. With larger scores, softmax puts almost all weight
+        # on one token, and almost no gradient gets through it. On recent NVIDIA GPUs, in bfloat16
+        # or float16, the call below runs as flash attention (Dao et al. 2022). It computes att tile
+        # by tile in fast on-chip memory, adding up the numerator and denominator of softmax. The
+        # (B, H, T, T) matrix is never stored (backward() computes the tiles again): moving it to
+        # the GPU's main memory and back would take longer than the arithmetic.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenates the heads
         return self.c_proj(y)  # mixes the heads
@@ -118,14 +119,14 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.c_fc(x)  # (B, T, 4C)
-        x = F.gelu(x, approximate="tanh")  # OpenAI trained with this approximation of GELU
+        x = F.gelu(x, approximate="tanh")  # a smooth ReLU; OpenAI used this approximation
         return self.c_proj(x)  # (B, T, C)
 
 
 class Block(nn.Module):
-    """Attention, then an MLP. Each reads a normalized copy of x and adds its output to x, which is
-    called the residual stream. Through the additions, gradients reach early layers directly.
-    LayerNorm gives a token's C channels mean 0 and variance 1, then a learned scale and bias."""
+    """Attention, then an MLP. Each reads a normalized copy of x, the residual stream, and adds its
+    output to it. Through the additions, gradients reach early layers directly.
+    LayerNorm brings a token's C channels to mean 0 and variance 1; scale and bias are learned."""
 
     def __init__(self, config):
         super().__init__()
@@ -163,9 +164,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Matrices and embeddings: normal with standard deviation 0.02 (GPT-1, section 4.1). Inside
-        the blocks, LayerNorm makes the exact value uncritical. In the tied embedding, 0.02 keeps
-        the first logits small: their standard deviation is 0.02 * sqrt(768) = 0.55. Biases: 0.
+        """Matrices and embeddings: normal with standard deviation 0.02 (GPT-1, section 4.1). A
+        linear layer after a LayerNorm sums 768 channels of variance 1: its outputs, such as the
+        logits, have standard deviation 0.02 * sqrt(768) = 0.55, neither tiny nor huge. Biases: 0.
 
         The residual stream sums the embeddings and the outputs of 2 * n_layer c_proj layers (one
         per attention, one per MLP). The outputs are independent at first, so the stream's standard
@@ -183,13 +184,13 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """idx: token ids, (B, T) int64. Returns the logits (B, T, V).
 
-        targets: (B, T) int64, the token after each token of idx. If they are given, returns the
-        loss instead, the mean of -ln(probability of the target). (Not the logits as well: they take
-        gigabytes.) The logits of an untrained model are small, so all V tokens are about equally
-        likely, and the first loss is near ln V = 10.83; slightly above, as they are not equal."""
+        targets: (B, T) int64, the token after each token of idx. If given, returns only the loss,
+        the mean of -ln(probability of the target); returning the logits, too, would keep gigabytes
+        in memory. Untrained logits are small, so the V tokens are about equally likely, and the
+        loss is near -ln(1 / V) = ln V = 10.83 for V = 50304 (a little more: they are not equal)."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens > block_size {self.config.block_size}"
-        pos = torch.arange(T, device=idx.device)  # attention itself does not see the order
+        pos = torch.arange(T, device=idx.device)  # without it, no score depends on distance
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x)
@@ -214,19 +215,19 @@ class GPT(nn.Module):
         """AdamW (Loshchilov and Hutter 2019) keeps two running means per weight: m of its gradient
         and v of its squared gradient, both corrected for their start at 0. A step adds
         -lr * m / (sqrt(v) + eps) to the weight: about lr, whatever the size of the gradients, and
-        less if successive gradients disagree. m averages over about 10 steps (beta1 = 0.9), v over
-        about 20 (beta2 = 0.95); these are GPT-3's values (appendix B). With PyTorch's default of
-        0.999, about 1000 steps, v would follow slowly: when gradients grow, steps are too large.
+        less if successive gradients disagree. m averages over about 1 / (1 - beta1) = 10 steps
+        (beta1 = 0.9), v over 20 (beta2 = 0.95): GPT-3's values (appendix B). With PyTorch's default
+        of 0.999, 1000 steps, v would lag behind growing gradients: steps would be too large.
 
-        Weight decay, apart from the gradient, multiplies a weight by 1 - lr * weight_decay in each
-        step: only what the loss needs stays large. Biases and LayerNorm's scales are exempt: biases
-        do not make a layer more sensitive to its input, and a scale of 0 would switch it off."""
+        Weight decay bypasses m and v: it multiplies a weight by 1 - lr * weight_decay in each step.
+        Only weights that the loss needs stay large: the output is less sensitive to the input.
+        Biases multiply no input, and a LayerNorm scale of 0 would silence a channel: no decay."""
         params = list(self.parameters())
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # fused: a few kernels (functions on the GPU) update all tensors, not one per operation
+        # fused: a few GPU programs (kernels) do the whole update, instead of one per operation
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def num_params(self):
@@ -242,19 +243,20 @@ class GPT(nn.Module):
     ):
         """Continue idx, (B, T) int64, to (B, T + max_new_tokens).
 
-        Each token is sampled from the top_k most likely ones (0: from all). Their logits are
-        divided by temperature. At 0.5, a token that was 3 times as likely as another becomes 9
-        times as likely; at 2, only sqrt(3) times; 0 always takes the most likely token. top_p then
-        keeps the smallest set of the most likely tokens whose probabilities add up to at least
-        top_p. Sampling has its own random generator, so it does not affect training."""
-        # The cache gives the same logits, but computes only the new token (all, if idx is cropped).
+        Each token is sampled from the top_k most likely ones (top_k = 0: from all), because the
+        many unlikely ones together are drawn often enough to spoil the text. The logits are divided
+        by temperature: at 0.5, a token 3 times as likely as another becomes 9 times as likely, so
+        the text is safer and more repetitive; above 1, it varies more; 0 takes the most likely one.
+        top_p then keeps the smallest set of tokens with at least that total probability: few where
+        the model is sure, many where it is not."""
+        # The cache computes only the new token, until cropping shifts all positions; same logits.
         next_logits = KVCache(self).next_logits if use_cache else self.next_logits
         generator = torch.Generator(idx.device).manual_seed(seed)
         if temperature == 0:
             temperature, top_k = 1.0, 1
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # crop to the longest context
-            logits = next_logits(context)[:, :VOCAB_SIZE].float()  # (B, V), without unused ids
+            logits = next_logits(context)[:, :VOCAB_SIZE].float()  # (B, V), see PADDED_VOCAB_SIZE
             k = min(top_k or VOCAB_SIZE, logits.size(1))  # top_k = 0: all
             logits, ids = logits.topk(k)  # (B, k), most likely first
             probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
@@ -267,33 +269,32 @@ class GPT(nn.Module):
 
 
 def keep_top_p(probs, top_p):
-    """Set all but the most likely tokens to 0. probs: (B, k), largest first. A token stays if the
-    more likely ones add up to less than top_p. Example: of 0.6, 0.3 and 0.1, top_p = 0.8 keeps the
-    first two. The result need not sum to 1; multinomial normalizes it."""
+    """Set the probabilities of unlikely tokens to 0. probs: (B, k), largest first. A token stays if
+    the more likely ones add up to less than top_p: of 0.6, 0.3 and 0.1, top_p = 0.8 keeps two."""
     before = probs.cumsum(-1) - probs  # total probability of all more likely tokens
-    return probs.masked_fill(before >= top_p, 0.0)
+    return probs.masked_fill(before >= top_p, 0.0)  # multinomial divides by the sum
 
 
 def transpose_conv1d(name, tensor):
-    """Hugging Face's Conv1D, a linear layer, stores these matrices as (in, out), as OpenAI did;
+    """Hugging Face's Conv1D, a linear layer, stores the matrices below as (in, out), like OpenAI;
     nn.Linear stores them as (out, in). Used for loading and for saving."""
     conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     return tensor.t().contiguous() if name.endswith(conv1d) else tensor
 
 
 def print_samples(model, args, autocast, n_samples=4, seed=42):
-    """Print continuations of --prompt, each up to its <|endoftext|>. autocast: see train."""
+    """Print continuations of --prompt, each up to <|endoftext|>. autocast: see training_step."""
     if model.config.vocab_size < VOCAB_SIZE:
-        return  # too few for GPT-2's tokens: the ids are another tokenizer's
+        return  # fewer ids than GPT-2's tokenizer has: trained with another tokenizer
     enc = tokenizer()
     prompt = enc.encode_ordinary(args.prompt) or [enc.eot_token]
     idx = torch.tensor([prompt] * n_samples, device=model.lm_head.weight.device)  # (B, T)
     with autocast:
-        sampling = args.temperature, args.top_k, args.top_p, seed
-        idx = model.generate(idx, args.sample_tokens, *sampling)
+        options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=seed)
+        idx = model.generate(idx, args.sample_tokens, **options)
     for tokens in idx[:, len(prompt) :].tolist():
         end = tokens.index(enc.eot_token) if enc.eot_token in tokens else len(tokens)
-        print0(">", args.prompt + enc.decode(tokens[:end], errors="ignore"))  # no half characters
+        print0(">", args.prompt + enc.decode(tokens[:end], errors="ignore"))  # whole characters
 
 
 # Settings -------------------------------------------------------------------------------------
@@ -303,18 +304,18 @@ def print_samples(model, args, autocast, n_samples=4, seed=42):
 # training makes them unlikely; generate() drops them.
 PADDED_VOCAB_SIZE = 50304
 
-SIZES = {  # from GPT-2's table 2, but its counts of parameters are wrong: 124M, 355M, 774M, 1558M
+SIZES = {  # really 124M, 355M, 774M and 1558M parameters; the counts in GPT-2's table 2 are wrong
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-    "gpt3-125M": dict(n_layer=12, n_head=12, n_embd=768),  # with seq_len 2048
+    "gpt3-125M": dict(n_layer=12, n_head=12, n_embd=768),  # PRESETS sets seq_len 2048
 }
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a training run, `args` below. The defaults train GPT-2 (124M) on 10B tokens.
+    """The settings of a run (`args` everywhere). The defaults train GPT-2 (124M) on 10B tokens.
     Each field is also a command-line option, such as --max_lr 3e-4. (--demo, --finetune and other
     models have other defaults, in PRESETS below the double line.)"""
 
@@ -322,7 +323,7 @@ class TrainConfig:
     data_dir: str = "edu_fineweb10B"  # shards of tokens, written by fineweb.py
     out_dir: str = "log"  # log.txt and checkpoints
     init_from: str = "scratch"  # random weights; or gpt2 ... gpt2-xl, or a directory
-    resume: bool = False  # continue from out_dir's newest checkpoint; flags change its settings
+    resume: bool = False  # continue from out_dir's newest checkpoint; flags override its settings
     # network
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3-125M"] = "gpt2"
     n_layer: int | None = None  # overrides --model
@@ -332,24 +333,24 @@ class TrainConfig:
     vocab_size: int = PADDED_VOCAB_SIZE
     # batches
     total_batch_size: int = 524288  # tokens per step: 2**19, about GPT-3's 0.5M (table 2.1)
-    batch_ramp_steps: int = 0  # N: 1/8, 1/4 and 1/2 of the batch for N / 3 steps each; 0: off
+    batch_ramp_steps: int = 0  # first train this many steps on smaller batches (get_batch_size)
     micro_batch_size: int | Literal["auto"] = "auto"  # sequences per device per forward pass
     seq_len: int = 1024  # tokens per sequence
     shuffle: bool = True  # visit the sequences in a new random order in each epoch
     seed: int = 1337  # for the initial weights and the shuffling
-    overfit_one_batch: bool = False  # to find bugs: repeat the first batch; its loss must near 0
+    overfit_one_batch: bool = False  # bug test: repeats batch 0 (keep it small); loss must near 0
     # optimizer: GPT-3, appendix B, except the length of the run
     max_steps: int = 19073  # 10e9 tokens / 2**19
     warmup_steps: int = 715  # 375M tokens / 2**19
-    max_lr: float = 6e-4  # GPT-3's for 125M (table 2.1); a larger --model sets GPT-3's lower rate
+    max_lr: float = 6e-4  # GPT-3's for 125M (table 2.1); a larger --model has a lower default
     min_lr: float = 6e-5  # 10% of max_lr; if you change one, change both
     weight_decay: float = 0.1
     grad_clip: float = 1.0  # clip the global norm of the gradient to this; 0: no limit
-    # each happens at step 0, every N steps, and after the last step; 0 turns it off
+    # each happens at step 0 (not saving), every N steps, and after the last; 0 turns it off
     val_every: int = 250  # validation loss (OpenAI's 124M has 3.29)
     hellaswag_every: int = 250  # HellaSwag accuracy
     sample_every: int = 250  # samples
-    save_every: int = 5000  # checkpoints (none at step 0)
+    save_every: int = 5000  # checkpoints
     save_minutes: float = 30  # also this many minutes after the last checkpoint; 0 turns it off
     val_tokens: int = 10485760  # how much of the validation split: 20 * 2**19 tokens
     # sampling
@@ -361,13 +362,13 @@ class TrainConfig:
     # machine
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of matrix products
-    compile: bool = torch.cuda.is_available()  # torch.compile; off for --device cpu and --demo
+    compile: bool = torch.cuda.is_available()  # torch.compile; False for --device cpu, --demo
 
 
 def get_lr(step, args):
     """Learning rate of a step, counted from 0: linear warm-up, then cosine decay (GPT-3, appendix
-    B). Warm-up, because the running means of AdamW are unreliable at first. Decay, because large
-    steps approach the minimum and small ones settle into it; a cosine gives time to both."""
+    B). Warm-up: steps are small while AdamW's means rest on few, fast-changing gradients. Decay:
+    large steps get near the minimum, small ones settle into it; the cosine is flat at both ends."""
     if step < args.warmup_steps:
         return args.max_lr * (step + 1) / args.warmup_steps
     progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
@@ -378,7 +379,7 @@ def get_lr(step, args):
 def get_batch_size(step, args):
     """Tokens in a step. Early in training all examples give similar gradients, so a smaller and
     cheaper batch suffices. GPT-3 grew its batch linearly from 32k tokens over the first 4-12
-    billion tokens, depending on the model (appendix B). Here it doubles three times."""
+    billion tokens (appendix B). Here it is 1/8, 1/4, 1/2, each for a third of batch_ramp_steps."""
     if step >= args.batch_ramp_steps:
         return args.total_batch_size
     stage = 3 * step // args.batch_ramp_steps  # 0, 1, 2
@@ -391,7 +392,7 @@ def tokens_before(step, args):
     return ramp + max(0, step - args.batch_ramp_steps) * args.total_batch_size
 
 
-# Data -----------------------------------------------------------------------------------------
+# Data and validation --------------------------------------------------------------------------
 
 
 class DataLoaderLite:
@@ -399,15 +400,15 @@ class DataLoaderLite:
     sequences of T + 1 tokens that overlap by one: the last target of a sequence is the first input
     of the next.
 
-    For given settings, the batch of a step depends only on the seed and the step. So a checkpoint
-    needs no position in the data, and 8 GPUs, which split each batch, see the same batches as 1."""
+    For given settings, a step's batch depends only on its number. So a checkpoint needs no position
+    in the data, and 8 GPUs, which share each batch, see the same batches as one GPU."""
 
-    def __init__(self, args, split, B, rank=0, world_size=1, device="cpu"):
+    def __init__(self, args, split, B, rank=0, world_size=1, device=torch.device("cpu")):
         self.args, self.B, self.T = args, B, args.seq_len
         self.rank, self.world_size, self.device = rank, world_size, device
         self.tokens = fineweb.open_tokens(args.data_dir, split)  # memory-mapped, uint16
         self.n_sequences = (len(self.tokens) - 1) // self.T
-        self.epoch = self.permutation = None  # the current epoch and its order
+        self.epoch = self.permutation = None  # set by shuffled_index
 
     def micro_batches(self, step):
         """This process's part of the batch of a step: a list of (inputs, targets)."""
@@ -441,16 +442,16 @@ class DataLoaderLite:
 
 
 def due(every, step, run):
-    """True at step 0, every `every` steps, and after the last step, unless Ctrl-C or a signal asks
-    to stop. All processes must call this, because it asks all of them."""
+    """True at step 0, at multiples of `every`, and after the last step; False once a signal such as
+    Ctrl-C asks to stop. All processes must call this together, because it asks all of them."""
     now = every > 0 and (step % every == 0 or step == run.args.max_steps)
     return now and not run.stop_requested()
 
 
 @torch.no_grad()
 def evaluate(model, raw_model, loader, val_tokens, autocast):
-    """Mean loss on text that training never sees: the first val_tokens tokens of the loader's split
-    (all, if it is shorter). All processes must call this, because it sums over them. (If you add
+    """Mean loss on text that training never sees, so memorizing does not lower it. It is always the
+    same text, the split's first val_tokens tokens. All processes must call this. (If you add
     dropout, call model.eval() before evaluations and samples, and model.train() after them.)"""
     n_sequences = min(val_tokens // loader.T, loader.n_sequences)
     totals = torch.zeros(2, device=loader.device)  # sum of losses, number of sequences
@@ -477,7 +478,7 @@ def init_distributed(device_name):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
     world_size = int(os.environ.get("WORLD_SIZE", 1))  # number of processes on all machines
     device = pick_device(device_name, local_rank)
-    if "RANK" in os.environ and not dist.is_initialized():  # --resume may have connected them
+    if "RANK" in os.environ and not dist.is_initialized():  # --resume calls this earlier, too
         if device.type == "cuda":
             torch.cuda.set_device(device)
             dist.init_process_group("nccl", device_id=device)  # connects NVIDIA GPUs
@@ -502,9 +503,9 @@ def pick_dtype(name, device):
 
     Bits for      exponent (range)  mantissa (precision)
         float32          8                 23
-        TF32             8                 10    for float32 on GPUs: rounds inputs, not sums
-        bfloat16         8                  7    half the bytes, twice the peak speed of TF32
-        float16          5                 10    fast as bfloat16; its range needs a scaler"""
+        TF32             8                 10    float32 in memory; rounded factors multiply faster
+        bfloat16         8                  7    half the bytes, twice TF32's peak speed
+        float16          5                 10    as fast as bfloat16; its range needs a scaler"""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -518,9 +519,9 @@ def pick_dtype(name, device):
 
 def training_step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
     """One optimizer step on micro_batches, a list of (inputs, targets) of equal size. Returns two
-    tensors: this process's mean loss, and the norm of the gradient before clipping (with DDP, of
-    the average over all processes). scaler: see train; except in float16 it does nothing."""
-    grad_accum_steps = len(micro_batches)
+    tensors: this process's mean loss, and the norm before clipping of the gradient (which DDP has
+    averaged over all processes). scaler (see train) acts only in float16."""
+    grad_accum_steps = len(micro_batches)  # the whole batch at once would not fit in memory
     mean_loss = 0.0
     optimizer.zero_grad()
     for micro_step, (x, y) in enumerate(micro_batches):
@@ -542,7 +543,7 @@ def training_step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
     # If the norm of the whole gradient exceeds grad_clip, scale it down to that norm. Otherwise one
     # unusual batch would dominate AdamW's running means for many steps.
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # 0: no limit
-    if norm.isfinite():  # else skip the step; all processes do, because all have the same norm
+    if norm.isfinite():  # else (an overflow) skip the step, in all processes: same norm
         scaler.step(optimizer)  # AdamW
     scaler.update()
     return mean_loss, norm
@@ -564,9 +565,8 @@ def build_model(args, checkpoint=None):
     elif args.init_from != "scratch":
         model = GPT.from_pretrained(args.init_from)
     else:
-        shape = dict(SIZES[args.model])
-        for name in shape:  # --n_layer, --n_head and --n_embd override the size
-            shape[name] = getattr(args, name) or shape[name]
+        # --n_layer, --n_head and --n_embd override --model
+        shape = {name: getattr(args, name) or n for name, n in SIZES[args.model].items()}
         block_size = args.block_size or max(1024, args.seq_len)
         torch.manual_seed(args.seed)  # drawn on the CPU, so every device gets identical weights
         model = GPT(GPTConfig(block_size=block_size, vocab_size=args.vocab_size, **shape))
@@ -577,13 +577,13 @@ def train(args, checkpoint=None):
     """Train from the start, or continue from a checkpoint (a dict, see state below).
 
     Milliseconds per step that the lecture measured on one A100, with 16,384 tokens per step (here
-    32 times as many), each change on top of the one before: float32 1000, TF32 333, bfloat16 300,
-    torch.compile 130, flash attention 96, vocabulary of 50304 93, fused AdamW 90."""
+    32 times as many), each change added to the last: float32 1000; TF32 333; bfloat16 300 (memory
+    traffic now limits it); torch.compile 130; flash attention 96; V = 50304: 93; fused AdamW 90."""
     rank, world_size, device = init_distributed(args.device)
     check_args(args, world_size, checkpoint)
     master_process = rank == 0  # prints, logs and saves
 
-    torch.set_float32_matmul_precision("high")  # use TF32 for float32 matrix products on GPUs
+    torch.set_float32_matmul_precision("high")  # TF32: faster, and training tolerates the rounding
     args = replace(args, dtype=pick_dtype(args.dtype, device))
     use_amp = args.dtype != "float32"  # automatic mixed precision
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=use_amp)
@@ -596,8 +596,8 @@ def train(args, checkpoint=None):
     first_step = 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # a flag may change it
-        if scaler.is_enabled() and checkpoint["scaler"]:
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # a flag may set it
+        if scaler.is_enabled() and checkpoint["scaler"]:  # empty if it was not float16
             scaler.load_state_dict(checkpoint["scaler"])
         first_step = checkpoint["step"]
     if device.type == "cpu":
@@ -624,13 +624,13 @@ def train(args, checkpoint=None):
     run = Run(args, raw_model, train_loader, val_loader, autocast, checkpoint)
 
     def state(step):
-        """Everything needed to continue: learning rate, batch size and data follow from step."""
+        """Everything needed to continue. (Learning rate, batch size and data follow from step.)"""
         return {
             "step": step,
             "args": asdict(args),
             "gpt_config": asdict(raw_model.config),
             "model": raw_model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer.state_dict(),  # AdamW's m and v
             "scaler": scaler.state_dict(),
         }
 
@@ -646,14 +646,14 @@ def train(args, checkpoint=None):
             print0(f"step {step}: validation loss {val_loss:.4f}")
             run.log(step, val=val_loss)
         if examples and due(args.hellaswag_every, step, run):
-            # Common sense: 10,042 contexts with four endings each, one of them right. The model's
-            # answer is the ending whose own tokens, read after the context, have the lowest mean
-            # loss (acc_norm). Guessing scores 0.25, OpenAI's 124M 0.2955.
+            # A test of common sense: 10,042 contexts with four endings each, one of them right. The
+            # model's answer is the ending with the lowest mean loss per token, given the context
+            # (acc_norm; by the sum, short endings would win). Guessing scores 0.25, GPT-2 0.2955.
             with autocast:
                 score = hellaswag.evaluate(raw_model, examples, device, rank, world_size)
             print0(f"step {step}: HellaSwag accuracy {score.acc_norm:.4f} on {score.n} examples")
             run.log(step, hella=score.acc_norm)
-        if due(args.sample_every, step, run) and master_process:
+        if due(args.sample_every, step, run) and master_process:  # in this order: all call due()
             print_samples(raw_model, args, autocast)
         if run.stop_requested():  # by Ctrl-C or SIGTERM, in any process
             if master_process and step > first_step:
@@ -859,7 +859,7 @@ def pick_micro_batch_size(args, model, world_size, autocast, checkpoint=None):
         return args.micro_batch_size
     device = model.lm_head.weight.device
     machine = [world_size, describe_device(device), args.dtype]
-    if checkpoint and checkpoint.get("machine") == machine:
+    if all(gather(checkpoint is not None and checkpoint.get("machine") == machine)):
         return checkpoint["micro_batch_size"]
     most = get_batch_size(0, args) // (args.seq_len * world_size)
     most = most & -most  # the largest power of two that divides it
@@ -992,6 +992,9 @@ def save_hugging_face(model, directory):
         shutil.copymode(directory / "config.json", directory / "model.safetensors")
     if vocab_size == VOCAB_SIZE:
         fineweb.save_tokenizer(directory, c.block_size)
+
+
+GPT.save_pretrained = save_hugging_face  # the name that models of transformers have, too
 
 
 # A run's output, signals, checkpoints and log -------------------------------------------------

@@ -34,7 +34,6 @@ from fineweb import (
     build,
     build_demo,
     check_manifest,
-    check_memory,
     list_shards,
     open_shard,
     open_shards,
@@ -901,7 +900,7 @@ def test_a_large_part_for_validation_is_mentioned(tmp_path, capsys):
     words = f"a: 1,000 of {total:,} tokens are for validation; .* --shard_size {total // 10} "
     assert re.search(words, capsys.readouterr().out)
     make(tmp_path / "x.jsonl", tmp_path / "b", shard_size=total // 10)
-    make(tmp_path / "x.jsonl", tmp_path / "c", shard_size=10**6)  # a tenth, because one shard holds all
+    make(tmp_path / "x.jsonl", tmp_path / "c", shard_size=10**6)  # one shard: a tenth of it
     assert "for validation" not in capsys.readouterr().out
     assert len(tokens_of(tmp_path / "b")[0]) == total // 10
     for rank in (0, 1):  # the last rank to finish knows the sum
@@ -1487,21 +1486,6 @@ def test_as_user_error_does_not_change(error):
     with pytest.raises(type(error)) as caught, as_user_error("x cannot be read", "look at it"):
         raise error
     assert caught.value is error and error.__cause__ is None
-
-
-def test_check_memory(monkeypatch):
-    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**6}
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "sysconf", sizes.get, raising=False)
-        check_memory(4096 * 10**6, "gpt2-xl")
-        with pytest.raises(UserError, match="4 GB, and this machine has 4"):
-            check_memory(4096 * 10**6 + 1, "gpt2-xl")
-        with pytest.raises(UserError) as caught:
-            check_memory(10**13, "gpt2-xl")
-        patch.delattr(os, "sysconf")  # as on Windows
-        check_memory(10**13, "gpt2-xl")
-    sizes = "weights of 10,000 GB, and this machine has 4"
-    assert str(caught.value) == f"gpt2-xl: {sizes}; choose a smaller model"
 
 
 # -- the hub: without a network, and with a small server of our own

@@ -29,7 +29,7 @@ from hellaswag import Item, batches, check_memory, evaluate, load_items, pack, p
 from train_gpt2 import GPT, GPTConfig
 
 REAL = SHARED / "hellaswag/hellaswag_val.jsonl"
-N = 201  # items; odd, so that two processes cannot share them evenly
+N = 201  # items; two processes cannot share them evenly
 V = 5003  # where the tokenizer is not tested, ids are taken modulo V, which is faster
 
 
@@ -637,10 +637,10 @@ damaged[3] = "{{"
 other[3], other[4] = other[4], other[3]
 for name, mine in ("damaged", damaged), ("other", other):
     path = Path(f"{{name}}.jsonl")
-    for turn in (0, 1):  # this file in process `turn`, the good one in the other process
+    for bad_rank in (0, 1):  # this process reads `mine`, the other one reads `lines`
         Path(f"{{rank}}").mkdir(exist_ok=True)
         os.chdir(f"{{rank}}")
-        path.write_text("\\n".join(mine if rank == turn else lines))
+        path.write_text("\\n".join(mine if rank == bad_rank else lines))
         note(items_or_none(path, 1024))
         os.chdir("..")
 note(items_or_none("good.jsonl", 8))

@@ -125,8 +125,12 @@ def test_an_error_while_reading_reaches_the_training_loop():
 
 def test_unusable_shards_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
+    empty = Args(data_dir=str(tmp_path / "empty"), out_dir=str(tmp_path / "out"))
     with pytest.raises(UserError, match="no train shards; python fineweb.py --source FILES --out"):
-        loader(tmp_path / "empty", 1, 8, 8)
+        check_folders(empty)
+    without_val = Args(data_dir=str(numbered(tmp_path / "t", 2000)), out_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="no val shards; python fineweb.py"):
+        check_folders(without_val)
     for n, sentence in ((8, "train shards hold 8 tokens, too few for --seq_len 8"), (9, None)):
         folders = dict(data_dir=str(numbered(tmp_path / str(n), n)), out_dir=str(tmp_path / "out"))
         args = Args(**folders, seq_len=8, val_every=0)

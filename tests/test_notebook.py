@@ -11,7 +11,7 @@ LESS = {  # shorter versions of what takes long; the cells' own assertions still
     "--max_steps 80 --val_every 20": "--max_steps 20 --val_every 20",
     "--max_steps 200": "--max_steps 40",
     "for _ in range(25)": "for _ in range(5)",
-    "min(loader.n_windows, 128)": "min(loader.n_windows, 16)",
+    "min(loader.n_sequences, 128)": "min(loader.n_sequences, 16)",
 }
 
 

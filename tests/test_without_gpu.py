@@ -473,7 +473,7 @@ def test_the_gpu_of_a_process(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_process_of_the_second_machine_connects_its_own_gpu(monkeypatch, device):
-    """Four processes per machine, with 8 GPUs each: process 5 is number 1 of the second machine, and
+    """Four processes per machine, with 8 GPUs each: process 5 is number 1 of the second machine. It
     uses GPU 1 there for its tensors, for NCCL, and in the thread that reads ahead."""
     calls = []
     for name, value in (("RANK", 5), ("LOCAL_RANK", 1), ("WORLD_SIZE", 8)):
