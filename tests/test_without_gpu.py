@@ -236,6 +236,7 @@ GATHER, BARRIER = ("all_gather_object",), ("barrier",)
 STOP = ("stop?", (), dist.ReduceOp.SUM)
 VALIDATION = ("all_reduce", (2,), dist.ReduceOp.SUM)
 LOSS = ("all_reduce", (), dist.ReduceOp.SUM)
+SMALLEST = ("all_reduce", (), dist.ReduceOp.MIN)  # micro-batch
 EVALUATIONS = [STOP, STOP, VALIDATION, STOP]  # a checkpoint, validation and samples are due
 
 
@@ -285,8 +286,26 @@ def test_ranks_agree_on_the_dtype_and_the_micro_batch(two_ranks, monkeypatch):
     never = dict(val_every=0, sample_every=0, save_every=0)
     flags = never | dict(max_steps=0, dtype="auto", micro_batch_size="auto")
     first, fourth = (rank.train(**flags) for rank in two_ranks())
-    smallest = ("all_reduce", (), dist.ReduceOp.MIN)
-    assert first.calls == fourth.calls == [GATHER, ("broadcast", 0), smallest, STOP, BARRIER]
+    measured = [("broadcast", 0), GATHER, SMALLEST]
+    assert first.calls == fourth.calls == [GATHER, *measured, STOP, BARRIER]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_ranks_keep_the_micro_batch_of_a_resumed_run_only_together(two_ranks, same):
+    """If the GPU of one rank is another one than before, all measure again."""
+
+    def others(own):
+        return same if own is True else own
+
+    never = dict(val_every=0, sample_every=0, save_every=0, micro_batch_size="auto")
+    first, _ = two_ranks()
+    first.train(max_steps=1, **never)
+    runs = two_ranks()
+    checkpoints = [newest_checkpoint(first.out_dir) for _ in runs]
+    for rank, checkpoint in zip(runs, checkpoints):
+        rank.train(others, checkpoint=checkpoint, max_steps=1, resume=True, **never)
+        measured = [] if same else [SMALLEST]
+        assert rank.calls == [GATHER, GATHER, *measured, STOP, BARRIER]
 
 
 @pytest.mark.parametrize("signal_to", [0, 3])
@@ -376,6 +395,7 @@ def test_the_smallest_micro_batch_wins(tiny, monkeypatch, others):
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(train_gpt2, "gather", lambda value: [value])
     tiny.config = replace(tiny.config, block_size=1024)
     assert pick_micro_batch_size(Args(), tiny, 2, nullcontext()) == min(4, others)
 
