@@ -306,6 +306,20 @@ def test_large_logits_lose_little_in_bfloat16():
         assert (losses - exact).abs().max() < most, dtype
 
 
+def test_the_head_is_centred_once(model, items, monkeypatch):
+    """Not in every batch: for GPT-2's vocabulary that is as much work as 50 tokens."""
+    heads, original = [], hellaswag.centred_head
+
+    def centred_head(*args):
+        heads.append(original(*args))
+        return heads[-1]
+
+    monkeypatch.setattr(hellaswag, "centred_head", centred_head)
+    with torch.autocast("cpu", torch.bfloat16):
+        score(model, items[:9], "cpu", token_budget=1)
+    assert [head.dtype for head in heads] == [torch.bfloat16]
+
+
 def test_autocast_stays_close(model, items, expected):
     with torch.autocast("cpu", torch.bfloat16):
         losses = score(model, items, "cpu")

@@ -308,6 +308,16 @@ def test_the_newest_checkpoints_are_kept(shards, tmp_path):
     assert not list((tmp_path / "out").glob("tmp_*"))
 
 
+def test_checkpoints_are_found_by_their_number(tmp_path):
+    """Not in the order of the text of their names, and without what only looks like one of them."""
+    for name in ("step_99998", "step_100000", "step_00002", "step_00002_copy", "step_", "steps"):
+        (tmp_path / name).mkdir()
+    names = ["step_00002", "step_99998", "step_100000"]
+    steps = [2, 99998, 100000]
+    assert find_checkpoints(tmp_path) == [(s, tmp_path / name) for s, name in zip(steps, names)]
+    assert find_checkpoints(tmp_path / "nowhere") == []
+
+
 def test_a_resumed_log_drops_what_is_written_again(tmp_path):
     """Training records from the first step on; evaluations in that step only if they are repeated.
     A skipped step has a record of its own."""
@@ -376,19 +386,20 @@ def test_sampling_flags_reach_the_samples(base, tmp_path, monkeypatch):
     """Of a training run, and of --sample_only, whose random numbers also depend on --seed."""
     seen, original = [], GPT.generate
 
-    def generate(self, idx, *options):
-        seen.append(options)
-        return original(self, idx, *options)
+    def generate(self, idx, max_new_tokens, **options):
+        seen.append(dict(n=max_new_tokens, **options))
+        return original(self, idx, max_new_tokens, **options)
 
     monkeypatch.setattr(GPT, "generate", generate)
     flags = "--sample_tokens 3 --temperature 0.7 --top_k 9 --top_p 0.8".split()
     train(base[0], tmp_path / "out", *flags, "--max_steps", 1, "--sample_every", 1)
-    assert seen == [(3, 0.7, 9, 0.8, 42)] * 2
+    given = dict(n=3, temperature=0.7, top_k=9, top_p=0.8)
+    assert seen == [dict(given, seed=42)] * 2
     weights = ["--sample_only", "--init_from", base[1] / "step_00008", "--device", "cpu"]
     run_here(*weights, *flags, "--seed", 7)
-    assert seen[2:] == [(3, 0.7, 9, 0.8, 7)]
+    assert seen[2:] == [dict(given, seed=7)]
     run_here(*weights)
-    assert seen[3:] == [(32, 1.0, 50, 1.0, 1337)]
+    assert seen[3:] == [dict(n=32, temperature=1.0, top_k=50, top_p=1.0, seed=1337)]
 
 
 def test_samples_end_at_end_of_text(tiny, capsys):

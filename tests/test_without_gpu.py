@@ -25,6 +25,7 @@ from train_gpt2 import (
     Args,
     bfloat16_is_faster,
     check_device,
+    find_oddities,
     init_distributed,
     newest_checkpoint,
     parse,
@@ -505,3 +506,16 @@ def test_the_dtype_of_a_gpu(monkeypatch):
     assert pick_dtype("auto", gpu) == "float16" and pick_dtype("bfloat16", gpu) == "bfloat16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert pick_dtype("auto", gpu) == "bfloat16" and pick_dtype("float32", gpu) == "float32"
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_gpu_that_emulates_bfloat16_is_warned_about(tiny, monkeypatch, emulated):
+    loader = SimpleNamespace(device=torch.device("cuda", 0))
+    supported = lambda including_emulation=True: including_emulation or not emulated  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    found = {
+        dtype: list(find_oddities(Args(dtype=dtype), tiny, loader, epochs=1, checkpoint=None))
+        for dtype in ("bfloat16", "float16")
+    }
+    warning = "this GPU only emulates bfloat16, which is slow; try --dtype float16"
+    assert found == {"bfloat16": [warning] if emulated else [], "float16": []}
