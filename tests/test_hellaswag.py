@@ -548,8 +548,8 @@ def test_only_the_default_is_downloaded(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A local stand-in for the hub, with one file, `.body`. `.requests` lists all requests. That the
-    real hub answers in the same way is an assumption."""
+    """A local stand-in for the hub, with one file, `.body`. `.requests` lists all requests. That
+    the real hub answers in the same way is an assumption."""
     table = write_parquet(tmp_path / "served", made_records(9))
     body = table.read_bytes()
     table.unlink()
