@@ -38,6 +38,7 @@ paths for CPUs, and the command line. You can skip it. These names come from the
 
 KVCache, use_cpu_kernels and hellaswag.py repeat parts of the network in faster forms. If you change
 the network, change these as well; the tests check that they agree.
+
 Shapes: B sequences of T tokens, C channels (n_embd), H attention heads of D channels each, V tokens
 in the vocabulary. Papers: GPT-1 and GPT-2, Radford et al. 2018 and 2019; GPT-3, Brown et al. 2020.
 """
@@ -74,7 +75,7 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token gathers information from itself and earlier tokens, never from later ones."""
+    """A token sees itself and earlier tokens, never later ones: the next is what it predicts."""
 
     def __init__(self, config):
         super().__init__()
@@ -96,13 +97,13 @@ class CausalSelfAttention(nn.Module):
         #     att = q @ k.transpose(2, 3) / math.sqrt(D)  # (B, H, T, T)
         #     att = att.masked_fill(future, -math.inf)  # future: True where the key comes later
         #     y = F.softmax(att, dim=-1) @ v
-        # If q and k have variance 1, their dot product has variance D; dividing by sqrt(D) makes it
-        # 1 again. With larger scores, softmax puts almost all weight on one token, and almost no
-        # gradient gets through it. On recent NVIDIA GPUs, in bfloat16 or float16, the call below
-        # runs as flash attention (Dao et al. 2022). It computes att in tiles that fit in fast
-        # on-chip memory and keeps a running softmax, rescaled when a new maximum appears. The
-        # (B, H, T, T) matrix is never stored (backward() computes it again): writing it to main
-        # memory and reading it back would take longer than the arithmetic.
+        # If entries of q and k are independent, of variance 1, their dot product has variance D;
+        # dividing by sqrt(D) makes it 1 again. With larger scores, softmax puts almost all weight
+        # on one token, and almost no gradient gets through it. On recent NVIDIA GPUs, in bfloat16
+        # or float16, the call below runs as flash attention (Dao et al. 2022). It computes att tile
+        # by tile in fast on-chip memory, adding up the numerator and denominator of softmax. The
+        # (B, H, T, T) matrix is never stored (backward() computes the tiles again): moving it to
+        # the GPU's main memory and back would take longer than the arithmetic.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenates the heads
         return self.c_proj(y)  # mixes the heads
@@ -123,8 +124,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP. Each reads a normalized copy of x and adds its output to x, which is
-    called the residual stream. Through the additions, gradients reach early layers directly.
+    """Attention, then an MLP. Each reads a normalized copy of x, the residual stream, and adds its
+    output to it. Through the additions, gradients reach early layers directly.
     LayerNorm brings a token's C channels to mean 0 and variance 1; scale and bias are learned."""
 
     def __init__(self, config):
@@ -163,9 +164,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Matrices and embeddings: normal with standard deviation 0.02 (GPT-1, section 4.1). The
-        final LayerNorm's outputs have variance 1, so the logits, which sum over 768 channels, have
-        standard deviation 0.02 * sqrt(768) = 0.55: all tokens are about equally likely. Biases: 0.
+        """Matrices and embeddings: normal with standard deviation 0.02 (GPT-1, section 4.1). A
+        linear layer after a LayerNorm sums 768 channels of variance 1: its outputs, such as the
+        logits, have standard deviation 0.02 * sqrt(768) = 0.55, neither tiny nor huge. Biases: 0.
 
         The residual stream sums the embeddings and the outputs of 2 * n_layer c_proj layers (one
         per attention, one per MLP). The outputs are independent at first, so the stream's standard
@@ -185,11 +186,11 @@ class GPT(nn.Module):
 
         targets: (B, T) int64, the token after each token of idx. If given, returns only the loss,
         the mean of -ln(probability of the target); returning the logits, too, would keep gigabytes
-        alive. Untrained logits are small, so all V tokens are about equally likely, and the first
+        in memory. Untrained logits are small, so the V tokens are about equally likely, and the
         loss is near -ln(1 / V) = ln V = 10.83 for V = 50304 (a little more: they are not equal)."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens > block_size {self.config.block_size}"
-        pos = torch.arange(T, device=idx.device)  # unmasked attention would not see the order
+        pos = torch.arange(T, device=idx.device)  # without it, no score depends on distance
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x)
@@ -214,19 +215,19 @@ class GPT(nn.Module):
         """AdamW (Loshchilov and Hutter 2019) keeps two running means per weight: m of its gradient
         and v of its squared gradient, both corrected for their start at 0. A step adds
         -lr * m / (sqrt(v) + eps) to the weight: about lr, whatever the size of the gradients, and
-        less if successive gradients disagree. m averages over about 10 steps (beta1 = 0.9), v over
-        about 20 (beta2 = 0.95); these are GPT-3's values (appendix B). With PyTorch's default of
-        0.999, about 1000 steps, v would lag behind growing gradients: steps would be too large.
+        less if successive gradients disagree. m averages over about 1 / (1 - beta1) = 10 steps
+        (beta1 = 0.9), v over 20 (beta2 = 0.95): GPT-3's values (appendix B). With PyTorch's default
+        of 0.999, 1000 steps, v would lag behind growing gradients: steps would be too large.
 
-        Weight decay, apart from the gradient, multiplies a weight by 1 - lr * weight_decay in each
-        step: only what the loss needs stays large, so the output is less sensitive to the input.
+        Weight decay bypasses m and v: it multiplies a weight by 1 - lr * weight_decay in each step.
+        Only weights that the loss needs stay large: the output is less sensitive to the input.
         Biases multiply no input, and a LayerNorm scale of 0 would silence a channel: no decay."""
         params = list(self.parameters())
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # fused: a few GPU kernels do the whole update, instead of one kernel per operation
+        # fused: a few GPU programs (kernels) do the whole update, instead of one per operation
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def num_params(self):
@@ -242,20 +243,20 @@ class GPT(nn.Module):
     ):
         """Continue idx, (B, T) int64, to (B, T + max_new_tokens).
 
-        Each token is sampled from the top_k most likely ones (0: all), because the many unlikely
-        ones together are drawn often enough to spoil the text. The logits are divided by
-        temperature: at 0.5, a token 3 times as likely as another becomes 9 times as likely, so the
-        text is safer and more repetitive; above 1, more varied; 0 takes the most likely token.
+        Each token is sampled from the top_k most likely ones (top_k = 0: from all), because the
+        many unlikely ones together are drawn often enough to spoil the text. The logits are divided
+        by temperature: at 0.5, a token 3 times as likely as another becomes 9 times as likely, so
+        the text is safer and more repetitive; above 1, it varies more; 0 takes the most likely one.
         top_p then keeps the smallest set of tokens with at least that total probability: few where
-        the model is sure, many where it is not. The generator is separate from training's."""
-        # The cache gives the same logits, but computes only new tokens, until idx must be cropped.
+        the model is sure, many where it is not."""
+        # The cache computes only the new token, until cropping shifts all positions; same logits.
         next_logits = KVCache(self).next_logits if use_cache else self.next_logits
         generator = torch.Generator(idx.device).manual_seed(seed)
         if temperature == 0:
             temperature, top_k = 1.0, 1
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # crop to the longest context
-            logits = next_logits(context)[:, :VOCAB_SIZE].float()  # (B, V), without padding
+            logits = next_logits(context)[:, :VOCAB_SIZE].float()  # (B, V), see PADDED_VOCAB_SIZE
             k = min(top_k or VOCAB_SIZE, logits.size(1))  # top_k = 0: all
             logits, ids = logits.topk(k)  # (B, k), most likely first
             probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
@@ -268,15 +269,14 @@ class GPT(nn.Module):
 
 
 def keep_top_p(probs, top_p):
-    """Set unlikely tokens to 0. A token stays if the more likely ones add up to less than top_p: of
-    0.6, 0.3 and 0.1, top_p = 0.8 keeps two. probs: (B, k), largest first. (multinomial, which uses
-    the result, makes it sum to 1 again.)"""
+    """Set the probabilities of unlikely tokens to 0. probs: (B, k), largest first. A token stays if
+    the more likely ones add up to less than top_p: of 0.6, 0.3 and 0.1, top_p = 0.8 keeps two."""
     before = probs.cumsum(-1) - probs  # total probability of all more likely tokens
-    return probs.masked_fill(before >= top_p, 0.0)
+    return probs.masked_fill(before >= top_p, 0.0)  # multinomial divides by the sum
 
 
 def transpose_conv1d(name, tensor):
-    """Hugging Face's Conv1D, a linear layer, stores these matrices as (in, out), as OpenAI did;
+    """Hugging Face's Conv1D, a linear layer, stores the matrices below as (in, out), like OpenAI;
     nn.Linear stores them as (out, in). Used for loading and for saving."""
     conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     return tensor.t().contiguous() if name.endswith(conv1d) else tensor
@@ -294,7 +294,7 @@ def print_samples(model, args, autocast, n_samples=4, seed=42):
         idx = model.generate(idx, args.sample_tokens, **options)
     for tokens in idx[:, len(prompt) :].tolist():
         end = tokens.index(enc.eot_token) if enc.eot_token in tokens else len(tokens)
-        print0(">", args.prompt + enc.decode(tokens[:end], errors="ignore"))  # no half characters
+        print0(">", args.prompt + enc.decode(tokens[:end], errors="ignore"))  # whole characters
 
 
 # Settings -------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ SIZES = {  # really 124M, 355M, 774M and 1558M parameters; the counts in GPT-2's
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a training run, `args` below. The defaults train GPT-2 (124M) on 10B tokens.
+    """The settings of a run (`args` everywhere). The defaults train GPT-2 (124M) on 10B tokens.
     Each field is also a command-line option, such as --max_lr 3e-4. (--demo, --finetune and other
     models have other defaults, in PRESETS below the double line.)"""
 
@@ -338,7 +338,7 @@ class TrainConfig:
     seq_len: int = 1024  # tokens per sequence
     shuffle: bool = True  # visit the sequences in a new random order in each epoch
     seed: int = 1337  # for the initial weights and the shuffling
-    overfit_one_batch: bool = False  # a bug test: on the first batch alone, loss must approach 0
+    overfit_one_batch: bool = False  # bug test: repeats batch 0 (keep it small); loss must near 0
     # optimizer: GPT-3, appendix B, except the length of the run
     max_steps: int = 19073  # 10e9 tokens / 2**19
     warmup_steps: int = 715  # 375M tokens / 2**19
@@ -346,11 +346,11 @@ class TrainConfig:
     min_lr: float = 6e-5  # 10% of max_lr; if you change one, change both
     weight_decay: float = 0.1
     grad_clip: float = 1.0  # clip the global norm of the gradient to this; 0: no limit
-    # each happens at step 0, every N steps, and after the last step; 0 turns it off
+    # each happens at step 0 (not saving), every N steps, and after the last; 0 turns it off
     val_every: int = 250  # validation loss (OpenAI's 124M has 3.29)
     hellaswag_every: int = 250  # HellaSwag accuracy
     sample_every: int = 250  # samples
-    save_every: int = 5000  # checkpoints (none at step 0)
+    save_every: int = 5000  # checkpoints
     save_minutes: float = 30  # also this many minutes after the last checkpoint; 0 turns it off
     val_tokens: int = 10485760  # how much of the validation split: 20 * 2**19 tokens
     # sampling
@@ -368,7 +368,7 @@ class TrainConfig:
 def get_lr(step, args):
     """Learning rate of a step, counted from 0: linear warm-up, then cosine decay (GPT-3, appendix
     B). Warm-up: steps are small while AdamW's means rest on few, fast-changing gradients. Decay:
-    large steps get near the minimum, small ones settle into it; the cosine spends time at both."""
+    large steps get near the minimum, small ones settle into it; the cosine is flat at both ends."""
     if step < args.warmup_steps:
         return args.max_lr * (step + 1) / args.warmup_steps
     progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
@@ -379,7 +379,7 @@ def get_lr(step, args):
 def get_batch_size(step, args):
     """Tokens in a step. Early in training all examples give similar gradients, so a smaller and
     cheaper batch suffices. GPT-3 grew its batch linearly from 32k tokens over the first 4-12
-    billion (appendix B). Here it is 1/8, 1/4, then 1/2 in the first batch_ramp_steps steps."""
+    billion tokens (appendix B). Here it is 1/8, 1/4, 1/2, each for a third of batch_ramp_steps."""
     if step >= args.batch_ramp_steps:
         return args.total_batch_size
     stage = 3 * step // args.batch_ramp_steps  # 0, 1, 2
@@ -408,7 +408,7 @@ class DataLoaderLite:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.tokens = fineweb.open_tokens(args.data_dir, split)  # memory-mapped, uint16
         self.n_sequences = (len(self.tokens) - 1) // self.T
-        self.epoch = self.permutation = None  # the current epoch and its order
+        self.epoch = self.permutation = None  # set by shuffled_index
 
     def micro_batches(self, step):
         """This process's part of the batch of a step: a list of (inputs, targets)."""
@@ -478,7 +478,7 @@ def init_distributed(device_name):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
     world_size = int(os.environ.get("WORLD_SIZE", 1))  # number of processes on all machines
     device = pick_device(device_name, local_rank)
-    if "RANK" in os.environ and not dist.is_initialized():  # --resume has done it already
+    if "RANK" in os.environ and not dist.is_initialized():  # --resume calls this earlier, too
         if device.type == "cuda":
             torch.cuda.set_device(device)
             dist.init_process_group("nccl", device_id=device)  # connects NVIDIA GPUs
@@ -503,8 +503,8 @@ def pick_dtype(name, device):
 
     Bits for      exponent (range)  mantissa (precision)
         float32          8                 23
-        TF32             8                 10    rounds factors, not sums: cheaper multiplications
-        bfloat16         8                  7    half the bytes, twice TF32's speed, float32's range
+        TF32             8                 10    float32 in memory; rounded factors multiply faster
+        bfloat16         8                  7    half the bytes, twice TF32's peak speed
         float16          5                 10    as fast as bfloat16; its range needs a scaler"""
     if name != "auto":
         return name
@@ -519,8 +519,8 @@ def pick_dtype(name, device):
 
 def training_step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
     """One optimizer step on micro_batches, a list of (inputs, targets) of equal size. Returns two
-    tensors: this process's mean loss, and the norm of the gradient before clipping (with DDP, of
-    the average over all processes). scaler: see train; it acts only in float16."""
+    tensors: this process's mean loss, and the norm before clipping of the gradient (which DDP has
+    averaged over all processes). scaler (see train) acts only in float16."""
     grad_accum_steps = len(micro_batches)  # the whole batch at once would not fit in memory
     mean_loss = 0.0
     optimizer.zero_grad()
@@ -543,7 +543,7 @@ def training_step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
     # If the norm of the whole gradient exceeds grad_clip, scale it down to that norm. Otherwise one
     # unusual batch would dominate AdamW's running means for many steps.
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # 0: no limit
-    if norm.isfinite():  # else skip the step, in all processes: they have the same norm
+    if norm.isfinite():  # else (an overflow) skip the step, in all processes: same norm
         scaler.step(optimizer)  # AdamW
     scaler.update()
     return mean_loss, norm
@@ -577,13 +577,13 @@ def train(args, checkpoint=None):
     """Train from the start, or continue from a checkpoint (a dict, see state below).
 
     Milliseconds per step that the lecture measured on one A100, with 16,384 tokens per step (here
-    32 times as many), each change on top of the one before: float32 1000, TF32 333, bfloat16 300,
-    torch.compile 130, flash attention 96, vocabulary of 50304 93, fused AdamW 90."""
+    32 times as many), each change added to the last: float32 1000; TF32 333; bfloat16 300 (memory
+    traffic now limits it); torch.compile 130; flash attention 96; V = 50304: 93; fused AdamW 90."""
     rank, world_size, device = init_distributed(args.device)
     check_args(args, world_size, checkpoint)
     master_process = rank == 0  # prints, logs and saves
 
-    torch.set_float32_matmul_precision("high")  # use TF32 for float32 matrix products on GPUs
+    torch.set_float32_matmul_precision("high")  # TF32: faster, and training tolerates the rounding
     args = replace(args, dtype=pick_dtype(args.dtype, device))
     use_amp = args.dtype != "float32"  # automatic mixed precision
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=use_amp)
@@ -596,7 +596,7 @@ def train(args, checkpoint=None):
     first_step = 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # [0] decays
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # a flag may set it
         if scaler.is_enabled() and checkpoint["scaler"]:  # empty if it was not float16
             scaler.load_state_dict(checkpoint["scaler"])
         first_step = checkpoint["step"]
@@ -624,13 +624,13 @@ def train(args, checkpoint=None):
     run = Run(args, raw_model, train_loader, val_loader, autocast, checkpoint)
 
     def state(step):
-        """Everything needed to continue: learning rate, batch size and data follow from step."""
+        """Everything needed to continue. (Learning rate, batch size and data follow from step.)"""
         return {
             "step": step,
             "args": asdict(args),
             "gpt_config": asdict(raw_model.config),
             "model": raw_model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer.state_dict(),  # AdamW's m and v
             "scaler": scaler.state_dict(),
         }
 
@@ -859,7 +859,7 @@ def pick_micro_batch_size(args, model, world_size, autocast, checkpoint=None):
         return args.micro_batch_size
     device = model.lm_head.weight.device
     machine = [world_size, describe_device(device), args.dtype]
-    if checkpoint and checkpoint.get("machine") == machine:
+    if all(gather(checkpoint is not None and checkpoint.get("machine") == machine)):
         return checkpoint["micro_batch_size"]
     most = get_batch_size(0, args) // (args.seq_len * world_size)
     most = most & -most  # the largest power of two that divides it
