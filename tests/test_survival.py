@@ -187,6 +187,15 @@ def test_auto_keeps_the_micro_batch_of_a_resumed_run(tiny, shards, tmp_path):
     assert (state["micro_batch_size"], state["machine"]) == (2, [1, "cpu", "float32"])
 
 
+def test_the_micro_batch_changes_in_all_processes_or_in_none(tiny, monkeypatch):
+    """Process 1 was moved to another kind of GPU, so process 0 does not keep its size, either."""
+    args = Args(seq_len=32, total_batch_size=32 * 96, dtype="float32")
+    checkpoint = dict(machine=[2, "cpu", "float32"], micro_batch_size=3)
+    for other, expected in ((True, 3), (False, 16)):
+        monkeypatch.setattr(train_gpt2, "gather", lambda mine, other=other: [mine, other])
+        assert pick_micro_batch_size(args, tiny, 2, OFF, checkpoint) == expected
+
+
 # -- the log and the checkpoints of a resumed run
 
 
@@ -417,6 +426,19 @@ def test_a_signal_during_validation_skips_what_follows_and_loses_nothing(
     assert max(log["train"]) == 3 and done.stdout.count("> Hello") == 4
     run_here("--resume", "--out_dir", out)
     assert records(out) == records(tmp_path / "whole")
+
+
+def test_a_signal_after_the_last_step_changes_nothing(base, tmp_path, monkeypatch):
+    """The run is complete, so a shell loop must not think that it was stopped."""
+    real_print = train_gpt2.Run.print_next_commands
+
+    def print_next_commands(run):
+        train_gpt2.stop_signals.append(signal.SIGTERM)
+        real_print(run)
+
+    monkeypatch.setattr(train_gpt2.Run, "print_next_commands", print_next_commands)
+    done = train(base[0], tmp_path / "out", "--max_steps", 1)
+    assert done.returncode == 0 and "done after" in done.stdout
 
 
 # -- outputs that close

@@ -281,13 +281,15 @@ def test_resumed_ranks_issue_the_same_collectives(two_ranks):
 
 
 def test_ranks_agree_on_the_dtype_and_the_micro_batch(two_ranks, monkeypatch):
-    """Rank 0 decides whether bfloat16 is faster, and the smallest micro-batch wins."""
+    """Rank 0 decides whether bfloat16 is faster. All say whether a checkpoint has their micro-batch;
+    otherwise the smallest one wins."""
     monkeypatch.setattr(train_gpt2.timeit, "timeit", lambda *args, **flags: 1.0)
     never = dict(val_every=0, sample_every=0, save_every=0)
     flags = never | dict(max_steps=0, dtype="auto", micro_batch_size="auto")
     first, fourth = (rank.train(**flags) for rank in two_ranks())
     smallest = ("all_reduce", (), dist.ReduceOp.MIN)
-    assert first.calls == fourth.calls == [GATHER, ("broadcast", 0), smallest, STOP, BARRIER]
+    expected = [GATHER, ("broadcast", 0), GATHER, smallest, STOP, BARRIER]
+    assert first.calls == fourth.calls == expected
 
 
 @pytest.mark.parametrize("signal_to", [0, 3])
