@@ -343,6 +343,24 @@ def test_a_resumed_log_drops_what_is_written_again(tmp_path):
     assert read_log(tmp_path / "log.txt")[4] == (2, "val", "0.333333333333")
 
 
+def test_the_log_stays_one_file_during_a_run(tmp_path):
+    """So `tail -f log.txt` shows all of it. Only evaluations that are repeated make a new file."""
+    path = tmp_path / "log.txt"
+    path.write_text("1 train 3.0\n2 val 2.5\n")
+    log = Log(Args(out_dir=str(tmp_path), data_dir=str(tmp_path)), 2)
+    log.write(2, {"val": 2.0})
+    with path.open() as opened:
+        for step, values in ((2, {"train": 1.5}), (3, {"train": 1.25}), (4, {"val": 1.0})):
+            log.write(step, values)
+        assert opened.read() == path.read_text()
+    log.close()
+    assert [record[:2] for record in read_log(path)][-3:] == [
+        (2, "train"),
+        (3, "train"),
+        (4, "val"),
+    ]
+
+
 def test_a_run_that_failed_before_its_first_record_may_start_again(shards, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyError):
         patch.setattr(train_gpt2, "evaluate", lambda *args: {}["failed"])

@@ -281,8 +281,8 @@ def test_resumed_ranks_issue_the_same_collectives(two_ranks):
 
 
 def test_ranks_agree_on_the_dtype_and_the_micro_batch(two_ranks, monkeypatch):
-    """Rank 0 decides whether bfloat16 is faster. All say whether a checkpoint has their micro-batch;
-    otherwise the smallest one wins."""
+    """Rank 0 decides whether bfloat16 is faster. All say whether a checkpoint has their
+    micro-batch; otherwise the smallest one wins."""
     monkeypatch.setattr(train_gpt2.timeit, "timeit", lambda *args, **flags: 1.0)
     never = dict(val_every=0, sample_every=0, save_every=0)
     flags = never | dict(max_steps=0, dtype="auto", micro_batch_size="auto")
