@@ -379,6 +379,7 @@ def test_the_smallest_micro_batch_wins(tiny, monkeypatch, others):
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(train_gpt2, "gather", lambda mine: [mine, mine])
     tiny.config = replace(tiny.config, block_size=1024)
     assert pick_micro_batch_size(Args(), tiny, 2, nullcontext()) == min(4, others)
 
