@@ -1063,7 +1063,15 @@ def test_pending_chunks_are_bounded():
     assert len(ahead) == 40 and max(ahead) <= 2  # one at work and one waiting
 
 
-def test_the_first_interrupt_waits_for_a_chunk_and_the_second_acts_at_once():
+@pytest.fixture
+def heed_ctrl_c():
+    """As in a terminal. A shell starts what runs in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_interrupt_waits_for_a_chunk_and_the_second_acts_at_once(heed_ctrl_c):
     with fineweb.interrupt_between_chunks() as interrupted:
         signal.raise_signal(signal.SIGINT)
         assert interrupted.is_set()

@@ -246,11 +246,14 @@ def test_5_resuming_is_exact(base, request, tmp_path, processes):
     cut = next(i for i, line in enumerate(lines) if line.startswith("6 lr"))
     (out / "log.txt").write_text("".join(lines[:cut]) + "6 no")
     (out / "tmp_step_00008").mkdir()
+    (out / "tmp_step_00008/half_of_a_file").write_text("")
     if processes == 1:
         run_here("--resume", "--out_dir", out)
     else:
         run("train_gpt2.py", "--resume", "--out_dir", out, processes=2)
     assert records(out) == records(whole)
+    files, expected = ({p.name for p in (d / "step_00008").iterdir()} for d in (out, whole))
+    assert files == expected
     for name in ("model.safetensors", "config.json"):
         assert (out / "step_00008" / name).read_bytes() == (
             whole / "step_00008" / name

@@ -142,6 +142,10 @@ def test_unusable_shards_are_refused(tmp_path):
     unshuffled.micro_batches(11)  # ids 88 to 96
     with pytest.raises(UserError, match="id 104, but the model has only 100 tokens"):
         unshuffled.micro_batches(12)
+    for vocab_size, sentence in ((104, "id 104, but the model has only 104 tokens"), (105, None)):
+        unshuffled.tokens.vocab_size = vocab_size
+        with pytest.raises(UserError, match=sentence) if sentence else nullcontext():
+            unshuffled.micro_batches(12)
     (tmp_path / "e/manifest.json").write_text("{}")
     with pytest.raises(UserError, match="manifest.json is no manifest"):
         loader(tmp_path / "e", 1, 8, 8)

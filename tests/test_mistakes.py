@@ -4,15 +4,16 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
 
 import pytest
 import torch
-from conftest import records, refused, run_here, train
+from conftest import ENVIRONMENT, command, records, refused, run_here, train
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 import train_gpt2
 from fineweb import UserError
-from train_gpt2 import Args, check_batch, explain, find_checkpoints
+from train_gpt2 import Args, check_batch, check_network, explain, fail, find_checkpoints
 
 WRONG = [
     ("--total_batch_size 200", "--total_batch_size 200 is not a multiple of micro_batch_size"),
@@ -32,6 +33,7 @@ WRONG = [
     ("--top_p 0", "--top_p 0.0: it must be more than 0, and at most 1"),
     ("--top_p 1.5", "--top_p 1.5: it must be more than 0, and at most 1"),
     ("--sample_only", "--sample_only needs weights"),
+    ("--prompt -", "--prompt -: only --sample_only reads prompts from standard input"),
     ("--n_head 5", "--n_embd 32 is not a multiple of --n_head 5"),
     ("--seq_len 64 --block_size 32", "--seq_len 64: the model's context has 32 tokens"),
     ("--n_layer 1000000000", "--n_layer, --n_embd: weights of"),
@@ -84,6 +86,12 @@ def test_a_batch_must_be_divisible_among_the_processes():
     for world_size in (3, 16):
         with pytest.raises(UserError, match=f"processes = 1 x 32 x {world_size} = "):
             check_batch(auto, world_size)
+
+
+def test_a_sequence_may_be_as_long_as_the_context():
+    check_network(Args(block_size=64, seq_len=64))
+    with pytest.raises(UserError, match="--seq_len 65: the model's context has 64 tokens"):
+        check_network(Args(block_size=64, seq_len=65))
 
 
 def test_wrong_folders(base, tmp_path):
@@ -139,6 +147,42 @@ def test_a_mistake_under_torchrun_is_printed_once(base, tmp_path):
     assert done.returncode and done.stderr.count(sentence) == 1, done.stderr
     assert "Traceback (most recent call last)" not in done.stderr.split(sentence)[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_another_rank_waits_for_rank_0_before_it_prints(monkeypatch, capsys):
+    """A mistake that all ranks see is printed by rank 0, and torchrun ends the others with a
+    signal. If that does not come within 20 seconds, only this rank knows of the mistake."""
+    now = [0.0]
+    monkeypatch.setattr(train_gpt2, "stop_signals", [])
+    monkeypatch.setattr(train_gpt2.time, "monotonic", lambda: now[0])
+    for rank, signal_after, waited, printed in (
+        ("0", None, 0, True),
+        ("3", None, 20, True),
+        ("3", 5, 5, False),
+    ):
+
+        def sleep(seconds, signal_after=signal_after):
+            now[0] += seconds
+            if signal_after and now[0] >= signal_after:
+                train_gpt2.stop_signals.append(15)
+
+        now[0] = 0.0
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(train_gpt2.time, "sleep", sleep)
+        with pytest.raises(SystemExit, match="^2$"):
+            fail("the disk of this node is full")
+        assert now[0] == pytest.approx(waited, abs=0.2)
+        expected = "train_gpt2.py: the disk of this node is full\n" if printed else ""
+        assert capsys.readouterr().err == expected
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_mistake_has_its_status_where_nothing_can_be_printed(base, tmp_path):
+    """A shell loop sees 2 and does not try again."""
+    args = ["--data_dir", base[0], "--out_dir", tmp_path / "out", "--seed", -1]
+    line = ["bash", "-c", 'exec "$@" 2>/dev/full', "-", *command("train_gpt2.py", *args)]
+    done = subprocess.run(line, capture_output=True, env=os.environ | ENVIRONMENT, timeout=120)
+    assert done.returncode == 2
 
 
 def test_settings_that_are_probably_mistakes_are_warned_about(shards, tmp_path):

@@ -187,6 +187,15 @@ def test_auto_keeps_the_micro_batch_of_a_resumed_run(tiny, shards, tmp_path):
     assert (state["micro_batch_size"], state["machine"]) == (2, [1, "cpu", "float32"])
 
 
+def test_the_micro_batch_changes_in_all_processes_or_in_none(tiny, monkeypatch):
+    """Process 1 was moved to another kind of GPU, so process 0 does not keep its size, either."""
+    args = Args(seq_len=32, total_batch_size=32 * 96, dtype="float32")
+    checkpoint = dict(machine=[2, "cpu", "float32"], micro_batch_size=3)
+    for other, expected in ((True, 3), (False, 16)):
+        monkeypatch.setattr(train_gpt2, "gather", lambda mine, other=other: [mine, other])
+        assert pick_micro_batch_size(args, tiny, 2, OFF, checkpoint) == expected
+
+
 # -- the log and the checkpoints of a resumed run
 
 
@@ -294,7 +303,86 @@ def test_a_checkpoint_is_mapped_checked_once_per_machine_and_let_go(stopped, mon
     assert loads == [True, True] and len(tests) == 1
 
 
+def test_the_device_of_a_resumed_run_connects_its_processes(stopped, tmp_path, monkeypatch):
+    """Unless --device is given. The processes are connected even if there is no checkpoint,
+    because others may have one."""
+    devices = []
+    monkeypatch.setattr(train_gpt2, "init_distributed", devices.append)
+    assert newest_checkpoint(stopped)["args"]["device"] == "cpu"
+    newest_checkpoint(stopped, "mps")
+    assert newest_checkpoint(tmp_path / "empty") is None
+    assert devices == ["cpu", "mps", "auto"]
+    monkeypatch.setattr(train_gpt2, "gather", lambda mine: [mine, ("step_00004", None)])
+    with pytest.raises(UserError, match="they found no checkpoint, step_00004"):
+        newest_checkpoint(tmp_path / "empty")
+
+
+def test_the_last_good_checkpoint_stays_until_the_next_is_written(stopped, base, monkeypatch):
+    """Even with --keep_checkpoints 1, where a damaged checkpoint has the name of the next one."""
+    (stopped / "step_00008").mkdir()
+    before, real_write = [], train_gpt2.write_checkpoint
+
+    def write(*args):
+        before.append([step for step, _ in find_checkpoints(stopped)])
+        real_write(*args)
+
+    monkeypatch.setattr(train_gpt2, "write_checkpoint", write)
+    run_here("--resume", "--out_dir", stopped, "--keep_checkpoints", 1)
+    assert before == [[4, 8]] and weights(stopped) == weights(base[1])
+
+
+def test_a_run_gives_its_folder_back(base, tmp_path, monkeypatch):
+    """Even where its objects live on, as in a notebook."""
+    runs, real_run = [], train_gpt2.Run
+    monkeypatch.setattr(train_gpt2, "Run", lambda *args: runs.append(real_run(*args)) or runs[-1])
+    train(base[0], tmp_path / "out", "--max_steps", 1)
+    run_here("--resume", "--out_dir", tmp_path / "out", "--max_steps", 2)
+    assert len(runs) == 2
+
+
 # -- signals
+
+
+def test_a_checkpoint_is_written_once(base, tmp_path, monkeypatch):
+    """The one of step 4 is due. Then a signal comes, which is a reason to save step 4, too."""
+    written, real_write, real_evaluate = [], train_gpt2.write_checkpoint, train_gpt2.evaluate
+
+    def write(path, *args):
+        written.append(path.name)
+        real_write(path, *args)
+
+    def evaluate(*args):
+        if written:
+            train_gpt2.stop_signals.append(signal.SIGTERM)
+        return real_evaluate(*args)
+
+    monkeypatch.setattr(train_gpt2, "write_checkpoint", write)
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
+    done = train(base[0], tmp_path / "out", "--save_every", 4, check=False)
+    assert done.returncode == 128 + signal.SIGTERM and written == ["step_00004"]
+
+
+@pytest.mark.parametrize("end", ["a signal", "the last step"])
+def test_a_run_that_ends_while_it_skips_steps_is_saved(base, tmp_path, monkeypatch, end):
+    """Steps 2 and 3 are skipped, so their checkpoints are left out, except the one at the end."""
+    real_step, count = train_gpt2.training_step, iter(range(1000))
+
+    def step(model, batches, optimizer, *args):
+        now = next(count)
+        if end == "a signal" and now == 3:
+            train_gpt2.stop_signals.append(signal.SIGTERM)
+        bias = model.transformer.ln_f.bias
+        hook = bias.register_hook(lambda grad: grad * (float("nan") if now >= 2 else 1))
+        try:
+            return real_step(model, batches, optimizer, *args)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(train_gpt2, "training_step", step)
+    flags = ["--save_every", 1, "--max_steps", 8 if end == "a signal" else 4]
+    done = train(base[0], tmp_path / "out", *flags, check=False)
+    assert done.returncode == (128 + signal.SIGTERM if end == "a signal" else 0)
+    assert [step for step, _ in find_checkpoints(tmp_path / "out")] == [1, 2, 4]
 
 
 def test_a_stop_whose_save_fails_says_why(base, tmp_path, monkeypatch):
@@ -340,6 +428,19 @@ def test_a_signal_during_validation_skips_what_follows_and_loses_nothing(
     assert records(out) == records(tmp_path / "whole")
 
 
+def test_a_signal_after_the_last_step_changes_nothing(base, tmp_path, monkeypatch):
+    """The run is complete, so a shell loop must not think that it was stopped."""
+    real_print = train_gpt2.Run.print_next_commands
+
+    def print_next_commands(run):
+        train_gpt2.stop_signals.append(signal.SIGTERM)
+        real_print(run)
+
+    monkeypatch.setattr(train_gpt2.Run, "print_next_commands", print_next_commands)
+    done = train(base[0], tmp_path / "out", "--max_steps", 1)
+    assert done.returncode == 0 and "done after" in done.stdout
+
+
 # -- outputs that close
 
 
@@ -363,6 +464,34 @@ def test_a_terminal_that_closes_ends_the_run_as_its_signal_does(base, tmp_path):
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     assert len(find_checkpoints(out)) == 1
+
+
+@pytest.mark.parametrize(
+    "error, ignored, recorded",
+    [
+        (OSError(errno.EPIPE, "the reader of the pipe is gone"), False, [signal.SIGPIPE]),
+        (OSError(errno.EIO, "the terminal is gone"), False, [signal.SIGHUP]),
+        (OSError(errno.EIO, "the terminal is gone, under nohup"), True, []),
+        (OSError(errno.ENOSPC, "the disk is full"), False, []),
+        (ValueError("the file is closed"), False, []),
+    ],
+)
+def test_only_a_reader_that_is_gone_stops_a_run(monkeypatch, error, ignored, recorded):
+    """As the signal would that such a process normally receives."""
+
+    class Screen:
+        def write(self, text):
+            raise error
+
+        def fileno(self):
+            raise ValueError
+
+    handler = signal.SIG_IGN if ignored else signal.SIG_DFL
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
+    monkeypatch.setattr(train_gpt2, "stop_signals", [])
+    monkeypatch.setattr(sys, "stdout", Screen())
+    train_gpt2.print0("step 3")
+    assert train_gpt2.stop_signals == recorded
 
 
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "1>/dev/full"])
@@ -439,6 +568,14 @@ def test_what_only_decorates_a_run_does_not_end_it(base, tmp_path, monkeypatch, 
     damage(monkeypatch, out)
     train(base[0], out, "--save_every", 4)
     assert records(out) == records(base[1]) and weights(out) == weights(base[1])
+
+
+def test_a_damaged_run_json_does_not_end_a_resumed_run(stopped, base):
+    """Its text is no longer JSON, which is no OSError."""
+    (stopped / "run.json").write_text("[{")
+    done = run_here("--resume", "--out_dir", stopped)
+    assert "run.json cannot be written: " in done.stdout
+    assert records(stopped) == records(base[1])
 
 
 # -- other machines

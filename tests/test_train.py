@@ -308,6 +308,16 @@ def test_the_newest_checkpoints_are_kept(shards, tmp_path):
     assert not list((tmp_path / "out").glob("tmp_*"))
 
 
+def test_checkpoints_are_found_by_their_number(tmp_path):
+    """Not in the order of the text of their names, and without what only looks like one of them."""
+    for name in ("step_99998", "step_100000", "step_00002", "step_00002_copy", "step_", "steps"):
+        (tmp_path / name).mkdir()
+    names = ["step_00002", "step_99998", "step_100000"]
+    steps = [2, 99998, 100000]
+    assert find_checkpoints(tmp_path) == [(s, tmp_path / name) for s, name in zip(steps, names)]
+    assert find_checkpoints(tmp_path / "nowhere") == []
+
+
 def test_a_resumed_log_drops_what_is_written_again(tmp_path):
     """Training records from the first step on; evaluations in that step only if they are repeated.
     A skipped step has a record of its own."""
@@ -331,6 +341,24 @@ def test_a_resumed_log_drops_what_is_written_again(tmp_path):
     written += "3 speed 262144.000000000000\n"
     assert (tmp_path / "log.txt").read_text() == kept + written
     assert read_log(tmp_path / "log.txt")[4] == (2, "val", "0.333333333333")
+
+
+def test_the_log_stays_one_file_during_a_run(tmp_path):
+    """So `tail -f log.txt` shows all of it. Only evaluations that are repeated make a new file."""
+    path = tmp_path / "log.txt"
+    path.write_text("1 train 3.0\n2 val 2.5\n")
+    log = Log(Args(out_dir=str(tmp_path), data_dir=str(tmp_path)), 2)
+    log.write(2, {"val": 2.0})
+    with path.open() as opened:
+        for step, values in ((2, {"train": 1.5}), (3, {"train": 1.25}), (4, {"val": 1.0})):
+            log.write(step, values)
+        assert opened.read() == path.read_text()
+    log.close()
+    assert [record[:2] for record in read_log(path)][-3:] == [
+        (2, "train"),
+        (3, "train"),
+        (4, "val"),
+    ]
 
 
 def test_a_run_that_failed_before_its_first_record_may_start_again(shards, tmp_path, monkeypatch):
@@ -376,19 +404,20 @@ def test_sampling_flags_reach_the_samples(base, tmp_path, monkeypatch):
     """Of a training run, and of --sample_only, whose random numbers also depend on --seed."""
     seen, original = [], GPT.generate
 
-    def generate(self, idx, *options):
-        seen.append(options)
-        return original(self, idx, *options)
+    def generate(self, idx, max_new_tokens, **options):
+        seen.append(dict(n=max_new_tokens, **options))
+        return original(self, idx, max_new_tokens, **options)
 
     monkeypatch.setattr(GPT, "generate", generate)
     flags = "--sample_tokens 3 --temperature 0.7 --top_k 9 --top_p 0.8".split()
     train(base[0], tmp_path / "out", *flags, "--max_steps", 1, "--sample_every", 1)
-    assert seen == [(3, 0.7, 9, 0.8, 42)] * 2
+    given = dict(n=3, temperature=0.7, top_k=9, top_p=0.8)
+    assert seen == [dict(given, seed=42)] * 2
     weights = ["--sample_only", "--init_from", base[1] / "step_00008", "--device", "cpu"]
     run_here(*weights, *flags, "--seed", 7)
-    assert seen[2:] == [(3, 0.7, 9, 0.8, 7)]
+    assert seen[2:] == [dict(given, seed=7)]
     run_here(*weights)
-    assert seen[3:] == [(32, 1.0, 50, 1.0, 1337)]
+    assert seen[3:] == [dict(n=32, temperature=1.0, top_k=50, top_p=1.0, seed=1337)]
 
 
 def test_samples_end_at_end_of_text(tiny, capsys):
@@ -733,7 +762,7 @@ def defined_names(statements):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
         elif isinstance(node, ast.Assign):
-            yield from (target.id for target in node.targets)
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             yield from (alias.asname or alias.name.split(".")[0] for alias in node.names)
 
