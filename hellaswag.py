@@ -61,16 +61,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
-from fineweb import UserError, as_user_error, token_ids
+from fineweb import Progress, UserError, as_user_error, token_ids
 
 REPO = "Rowan/hellaswag"  # a dataset on huggingface.co
 REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # of REPO
@@ -94,10 +92,9 @@ class Item:
 
 
 def load_items(path=DATA, limit=None, style="completion"):
-    """Read items from a file of JSON lines or Parquet. Returns a list of Item. If `path` is the
-    default and the file is missing, it is downloaded.
+    """Read a list of Item from JSON lines or Parquet. If the default file is missing, download it.
 
-    limit: return this many items, evenly spaced over the file, because the official file has all
+    limit: read only this many items, evenly spaced over the file, because the official file has all
     items from ActivityNet before all items from WikiHow."""
     path = Path(path)
     if path == Path(DATA) and not path.exists():
@@ -118,10 +115,9 @@ def load_items(path=DATA, limit=None, style="completion"):
     items = []
     for i in range(n):
         number = i * len(lines) // n
-        line = lines[number]
-        with as_user_error(
-            f"{path}, line {number + 1} is not an item", "correct or delete the line"
-        ):
+        what = f"{path}, line {number + 1} is not an item"
+        with as_user_error(what, "correct or delete the line"):
+            line = lines[number]
             record = line if isinstance(line, dict) else json.loads(line)
             items.append(encode(number, record, style))
     return items
@@ -196,7 +192,7 @@ def encode(number, record, style):
     return Item(int(record.get("ind", number)), label, context_ids, ending_ids, lengths)
 
 
-# Rows and batches -----------------------------------------------------------------------------
+# Scoring ---------------------------------------------------------------------------------------
 
 
 def fit(item, block_size):
@@ -249,16 +245,14 @@ def pack(items):
                 f    x  x  .  x  x
 
     So the losses are those of four separate rows, and it does not matter if a row is longer than
-    the model's context, because its positions fit. Returns, if the endings have S tokens in all,
+    the model's context, because its positions fit. If the endings have S tokens in all, returns
 
     grid    (3, B, T) int64: tokens, positions and segments; padding is 0
-    scored  (2, S) int64: where in the flattened B * T a token is predicted, and which token
-    slots   (S,) int64: the ending that the token belongs to, 0 to 4 * B - 1"""
+    scored  (2, S) int64: where in the flattened B * T a token is predicted, and which token"""
     T = max(row_length(item) for item in items)
-    grid = np.zeros((3, len(items), T), np.int64)
+    grid = torch.zeros(3, len(items), T, dtype=torch.int64)
     where = []
     targets = []
-    slots = []
     for b, item in enumerate(items):
         n = len(item.context)
         tokens = list(item.context)
@@ -269,15 +263,11 @@ def pack(items):
             start = b * T + len(tokens)
             where += [b * T + n - 1, *range(start, start + len(read))]
             targets += ending
-            slots += [4 * b + i] * len(ending)
             tokens += read
             positions += range(n, n + len(read))
             segments += [1 + i] * len(read)
-        grid[:, b, : len(tokens)] = [tokens, positions, segments]
-    return torch.from_numpy(grid), torch.tensor([where, targets]), torch.tensor(slots)
-
-
-# Scoring ---------------------------------------------------------------------------------------
+        grid[:, b, : len(tokens)] = torch.tensor([tokens, positions, segments])
+    return grid, torch.tensor([where, targets])
 
 
 def attention_mask(segments):
@@ -293,8 +283,8 @@ def attention_mask(segments):
 def hidden_states(model, idx, positions, mask):
     """The input of lm_head, (B, T, C). idx, positions: (B, T) int64; mask: (B, 1, T, T) bool.
 
-    The forward pass of train_gpt2.py's network takes neither positions nor a mask, because training
-    needs neither. So this function calls the layers of that network one by one."""
+    The forward pass of train_gpt2.py's network takes neither positions nor a mask, so its layers
+    are called one by one."""
     transformer = model.transformer
     if hasattr(model.config, "model_type"):  # transformers' GPT2LMHeadModel
         if model.config._attn_implementation != "sdpa":  # the others misread such masks
@@ -304,11 +294,8 @@ def hidden_states(model, idx, positions, mask):
     B, T, C = x.shape
     for block in transformer.h:
         attn = block.attn
-        heads = (B, T, attn.n_head, C // attn.n_head)
-        q, k, v = attn.c_attn(block.ln_1(x)).split(C, dim=2)  # (B, T, C) each
-        q = q.view(heads).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(heads).transpose(1, 2)
-        v = v.view(heads).transpose(1, 2)
+        qkv = attn.c_attn(block.ln_1(x)).split(C, dim=2)  # three times (B, T, C)
+        q, k, v = (t.view(B, T, attn.n_head, -1).transpose(1, 2) for t in qkv)  # (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
         x = x + block.mlp(block.ln_2(x))
@@ -324,9 +311,8 @@ def token_losses(model, grid, scored):
     with sdpa_kernel(kernels):
         hidden = hidden_states(model, idx, positions, attention_mask(segments))
     hidden = hidden.flatten(0, 1)[where]  # (S, C)
-    # bfloat16 rounds logits near -100, which OpenAI's models have, by up to 0.25. The mean over the
-    # vocabulary changes no probability, and without it the logits are closer to 0. Below 16, they
-    # are rounded by at most 0.03.
+    # bfloat16 rounds OpenAI's logits, which are near -100, by up to 0.25. Subtracting their mean
+    # changes no probability and brings them close to 0. Below 16, it rounds by at most 0.03.
     weight = model.lm_head.weight
     mean = weight.mean(0)
     # Cross entropy is log(sum(exp(logits))) - logits[target]. All logits together take gigabytes.
@@ -339,37 +325,36 @@ def token_losses(model, grid, scored):
 
 @torch.no_grad()
 def score(model, items, device, token_budget=None, progress=False):
-    """The summed loss of each ending in nats, (len(items), 4) float64 on the CPU, in the order of
-    `items`. If a loss is not finite, scoring stops, and the remaining sums are incomplete.
+    """The summed loss of each ending in nats, (len(items), 4) float64 on the CPU. If a loss is not
+    finite, scoring stops, and the remaining sums are 0.
 
     model: train_gpt2.py's GPT or transformers' GPT2LMHeadModel, on `device`. It is in eval mode
-    during the call. The caller's autocast applies. No random numbers are drawn.
+    during the call, and the caller's autocast applies. No random numbers are drawn.
     token_budget: the number of tokens in a batch, including padding."""
     device = torch.device(device)
     token_budget = token_budget or (32768 if device.type == "cuda" else 1024)
     block_size = model.transformer.wpe.num_embeddings
     items = [fit(item, block_size) for item in items]
     table = torch.zeros(len(items), 4, dtype=torch.float64)
+    bar = Progress("item", total=len(items)) if progress else None
     right = 0  # answers so far
     was_training = model.training
     model.eval()
-    with tqdm(total=len(items), unit="item", disable=not progress or sys.stderr is None) as bar:
-        for numbers in batches(items, token_budget):
-            batch = [items[i] for i in numbers]
-            grid, scored, slots = pack(batch)
-            losses = token_losses(model, grid.to(device), scored.to(device))
-            sums = torch.zeros(4 * len(batch), dtype=torch.float64)
-            sums.index_add_(0, slots, losses.cpu().double())  # CUDA would add in any order
-            table[numbers] = sums.view(-1, 4)
-            if not sums.isfinite().all():
-                break
+    for numbers in batches(items, token_budget):
+        batch = [items[i] for i in numbers]
+        grid, scored = pack(batch)
+        losses = token_losses(model, grid.to(device), scored.to(device)).cpu().double()
+        lengths = [len(ending) for item in batch for ending in item.endings]
+        sums = torch.stack([part.sum() for part in losses.split(lengths)])
+        table[numbers] = sums.view(-1, 4)
+        if not sums.isfinite().all():
+            break
+        if bar:
             answers = picks(batch, table[numbers])[1].tolist()
             right += sum(answer == item.label for answer, item in zip(answers, batch))
-            try:
-                bar.set_postfix(acc_norm=f"{right / (bar.n + len(batch)):.4f}")
-                bar.update(len(batch))
-            except OSError:  # the terminal or the pipe that shows it was closed
-                bar.disable = True
+            bar.update(len(batch), acc_norm=f"{right / (bar.done + len(batch)):.4f}")
+    if bar:
+        bar.close()
     model.train(was_training)
     return table
 
@@ -449,21 +434,22 @@ def save_records(path, items, losses):
 
 
 def compare(a, b):
-    """The text that --compare prints: the difference of acc_norm between two files of save_records,
-    B minus A, and its 95% interval. The difference is taken item by item. That makes the interval
-    narrow, because the same items are hard for both models."""
+    """The text that --compare prints: the difference of acc_norm between two files of save_records
+    and its 95% interval. Differences are taken item by item, which makes the interval narrow,
+    because the same items are hard for both models."""
     keys = []
     right = []
     for path in (a, b):
         with as_user_error(f"{path} is not a file that --json wrote", "choose another file"):
             records = [json.loads(line) for line in Path(path).read_text().splitlines()]
             keys.append([(record["index"], record["label"]) for record in records])
-            right.append(np.array([record["pick_norm"] == record["label"] for record in records]))
+            answers = [record["pick_norm"] == record["label"] for record in records]
+            right.append(torch.tensor(answers).double())
     if keys[0] != keys[1] or not keys[0]:
         raise UserError(f"{a} and {b} do not hold the same items; use the same --data and --limit")
-    difference = right[1].astype(int) - right[0]  # -1, 0 or 1 for each item
+    difference = right[1] - right[0]  # -1, 0 or 1 for each item
     mean = difference.mean()
-    margin = 1.96 * difference.std() / math.sqrt(len(difference))
+    margin = 1.96 * difference.std(correction=0) / math.sqrt(len(difference))
     interval = f"95% interval {mean - margin:+.4f} to {mean + margin:+.4f}"
     only_a = (difference == -1).sum()
     only_b = (difference == 1).sum()
@@ -478,41 +464,40 @@ def compare(a, b):
 # transformers' GPT-2 --------------------------------------------------------------------------
 
 
-def load_gpt2(name_or_dir):
+def load_gpt2(name):
     """transformers' GPT2LMHeadModel in float32, with OpenAI's weights or those of a directory.
     Raises UserError if there is no GPT-2, or if its weights do not fit its config.json."""
     from transformers import GPT2Config, GPT2LMHeadModel  # importing transformers takes a second
     from transformers.utils import logging
 
-    check_name(name_or_dir)
+    check_name(name)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # the problems that it would warn of are errors here
-    with as_user_error(f"{name_or_dir} cannot be loaded", "check its files, or the network"):
-        settings, _ = GPT2Config.get_config_dict(name_or_dir)
+    with as_user_error(f"{name} cannot be loaded", "check its files, or the network"):
+        settings, _ = GPT2Config.get_config_dict(name)
         model_type = settings.get("model_type", "gpt2")
         if model_type != "gpt2":
-            what = f"{name_or_dir} is a {model_type}, not a GPT-2"
-            raise UserError(f"{what}; give the directory of a GPT-2")
+            raise UserError(f"{name} is a {model_type}, not a GPT-2; give the directory of a GPT-2")
         if settings.get("add_cross_attention"):
-            raise UserError(f"{name_or_dir} is a GPT-2 with cross-attention; give one without it")
+            raise UserError(f"{name} is a GPT-2 with cross-attention; give one without it")
         config = GPT2Config.from_dict(settings)
         weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
         objects = 20_000 * config.n_layer  # Python's own, in bytes
-        check_memory(4 * weights + objects, name_or_dir)
+        check_memory(4 * weights + objects, name)
         model, info = GPT2LMHeadModel.from_pretrained(  # check_weights refuses mismatched sizes
-            name_or_dir, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    check_weights(name_or_dir, info)
+    check_weights(name, info)
     return model.float()
 
 
-def check_name(name_or_dir):
+def check_name(name):
     """Raise UserError if this is neither OpenAI's model nor a directory that can hold one."""
-    folder = Path(name_or_dir)
-    known = str(name_or_dir).removeprefix("openai-community/") in OPENAI
+    folder = Path(name)
+    known = str(name).removeprefix("openai-community/") in OPENAI
     if not folder.is_dir() and not known:
         names = ", ".join(OPENAI)
-        raise UserError(f"{name_or_dir}: no such directory; give one that exists, or {names}")
+        raise UserError(f"{name}: no such directory; give one that exists, or {names}")
     if (folder / "config.json").exists():
         return
     if (folder / "adapter_config.json").exists():

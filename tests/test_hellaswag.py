@@ -233,7 +233,7 @@ def test_hidden_states_equal_the_networks_own(model):
         hidden = hellaswag.hidden_states(model, ids, positions, causal)
         torch.testing.assert_close(model.lm_head(hidden), model(ids), rtol=1e-4, atol=1e-4)
         item = Item(0, 0, ids[0, :9].tolist(), ids[1, :28].view(4, 7).tolist(), [7] * 4)
-        grid, _, _ = pack([item])
+        grid, _ = pack([item])
         mask = hellaswag.attention_mask(grid[2])
         hidden = hellaswag.hidden_states(model, grid[0], grid[1], mask)[0]
         for i, ending in enumerate(item.endings):
@@ -254,11 +254,11 @@ def test_the_example_and_the_picture_in_the_text():
         exec(code.strip(), names)
         assert names["answer"] == picks([item], score(model, [item], "cpu"))[1].item()
     C, D, a, b, e, f, g = range(7)
-    grid, scored, slots = pack([Item(0, 0, [C, D], [[a, b], [e, f, g], [0], [0]], [1] * 4)])
+    grid, scored = pack([Item(0, 0, [C, D], [[a, b], [e, f, g], [0], [0]], [1] * 4)])
     tokens, positions, segments = grid[:, 0, :5]
     assert tokens.tolist() == [C, D, a, e, f] and positions.tolist() == [0, 1, 2, 2, 3]
     assert segments.tolist() == [0, 0, 1, 2, 2] and scored[0, :5].tolist() == [1, 2, 1, 3, 4]
-    assert scored[1, :5].tolist() == [a, b, e, f, g] and slots[:5].tolist() == [0, 0, 1, 1, 1]
+    assert scored[1, :5].tolist() == [a, b, e, f, g]
     mask = hellaswag.attention_mask(segments[None])[0, 0]
     drawn = re.findall(r"^ +[CDaef]    ([x.](?:  [x.])*)$", pack.__doc__, re.M)
     assert [[c == "x" for c in line.split()] for line in drawn] == mask.tolist()
