@@ -314,24 +314,11 @@ def test_in_bfloat16_only_the_matrix_product_is_rounded():
     model = Shifted()
     weight = model.lm_head.weight.detach()
     head, hidden = (weight - weight.mean(0)).bfloat16(), model.hidden.bfloat16()
-    logits = [F.linear(hidden, part) for part in head.split(hellaswag.VOCAB_SLICE)]
-    log_sums = torch.cat(logits, dim=1).double().logsumexp(1)
-    expected = log_sums - (hidden.double() * head[model.targets].double()).sum(1)
-    assert (model.losses(torch.bfloat16) - expected.clamp(min=0)).abs().max() < 1e-4
-
-
-def test_the_head_is_centred_once(model, items, monkeypatch):
-    """Not in every batch: for GPT-2's vocabulary that is as much work as 50 tokens."""
-    heads, original = [], hellaswag.centred_head
-
-    def centred_head(*args):
-        heads.append(original(*args))
-        return heads[-1]
-
-    monkeypatch.setattr(hellaswag, "centred_head", centred_head)
-    with torch.autocast("cpu", torch.bfloat16):
-        score(model, items[:9], "cpu", token_budget=1)
-    assert [head.dtype for head in heads] == [torch.bfloat16]
+    logits = F.linear(hidden, head)
+    expected = logits.double().logsumexp(1) - logits[range(len(logits)), model.targets].double()
+    # The logit of a target may be rounded the other way, as its sum is in another order.
+    errors = (model.losses(torch.bfloat16) - expected.clamp(min=0)).abs()
+    assert errors.median() < 1e-4 and errors.max() < 0.07
 
 
 def test_autocast_stays_close(model, items, expected):
