@@ -33,11 +33,10 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, redirect_stdout, suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
@@ -247,7 +246,7 @@ def natural_order(name):
 
 
 def split_of(name):
-    """"train" or "val": what the shard of this file name is for."""
+    """What the shard of this file name is for: "train" or "val"."""
     return SHARD_NAME.match(name)[1].lower()
 
 
@@ -412,14 +411,11 @@ class Manifest:
 
 
 def from_json(cls, entries):
-    """Make an object of the dataclass `cls` from a dict, and check the types of its fields. Entries
-    that the dataclass does not have are ignored."""
-    values = {}
+    """Make an object of the dataclass `cls` from a dict, and check the types of its fields."""
+    values = {item.name: entries.get(item.name, item.default) for item in fields(cls)}
     for item in fields(cls):
-        if item.name in entries or item.default is MISSING:
-            values[item.name] = entries[item.name]
-            if not isinstance(values[item.name], item.type):
-                raise ValueError(f"{item.name} is of a wrong type")
+        if not isinstance(values[item.name], item.type):
+            raise ValueError(f"{item.name} is missing or of a wrong type")
     return cls(**values)
 
 
@@ -437,43 +433,42 @@ def read_manifests(data_dir):
     return manifests
 
 
-def check_sizes(data_dir, manifest):
-    """UserError if a shard of the manifest is missing or has another size."""
-    for shard in manifest.shards:
-        path = Path(data_dir, shard.name)
-        size = path.stat().st_size if path.exists() else "no"
+def check_sizes(data_dir, manifests):
+    """UserError if a shard of the manifests is missing or has another size. Returns the names of
+    the folder's other shards."""
+    sizes = {path.name: path.stat().st_size for path in list_shards(data_dir)}
+    for shard in [shard for manifest in manifests for shard in manifest.shards]:
+        size = sizes.pop(shard.name, "no")
         if size != shard.bytes:
             what = f"{shard.name} has {size} bytes, not {shard.bytes}; make it again"
             raise UserError(f"{data_dir} is not as its manifest says: {what}")
+    return list(sizes)
 
 
 def check_manifest(data_dir):
     """The cheap part of --verify: UserError unless the data set is finished and has exactly the
     shards that its manifests list, by name and size. Returns the manifests."""
     manifests = read_manifests(data_dir)
-    if not manifests:
-        return []
-    if sum(manifest.complete for manifest in manifests) < manifests[0].world_size:
+    if manifests and sum(m.complete for m in manifests) < manifests[0].world_size:
         remedy = "the fineweb.py command that began it continues it; or delete its manifest"
         raise UserError(f"{data_dir} is unfinished; {remedy}")
-    for manifest in manifests:
-        check_sizes(data_dir, manifest)
-    listed = {shard.name for manifest in manifests for shard in manifest.shards}
-    for path in list_shards(data_dir):
-        if path.name not in listed:
-            what = f"{path.name} is not listed there; remove that file"
-            raise UserError(f"{data_dir} is not as its manifest says: {what}")
+    others = check_sizes(data_dir, manifests)
+    if manifests and others:
+        what = f"{others[0]} is not listed there; remove that file"
+        raise UserError(f"{data_dir} is not as its manifest says: {what}")
     return manifests
 
 
 def verify(data_dir):
     """Compare every shard with the manifest. UserError with a line for each fault."""
-    pairs = [(manifest, shard) for manifest in check_manifest(data_dir) for shard in manifest.shards]
-    if not pairs:
+    manifests = check_manifest(data_dir)
+    shards = [shard for manifest in manifests for shard in manifest.shards]
+    if not shards:
         raise UserError(f"{data_dir} has no manifest to compare with; there is nothing to verify")
     faults = []
-    with closing(Progress("shard", total=len(pairs))) as progress:
-        for manifest, shard in pairs:
+    first_shards = [manifest.shards[0] for manifest in manifests if manifest.shards]
+    with closing(Progress("shard", total=len(shards))) as progress:
+        for shard in shards:
             path = Path(data_dir, shard.name)
             try:
                 ids = open_shard(path)
@@ -481,7 +476,7 @@ def verify(data_dir):
                 wrong = [key for key, value in asdict(shard).items() if value != found[key]]
                 if ids.max() >= VOCAB_SIZE:
                     wrong.append("largest id")
-                if shard is manifest.shards[0] and ids[0] != EOT:
+                if shard in first_shards and ids[0] != EOT:
                     wrong.append("first id")
                 faults += [f"{path}: wrong {key}" for key in wrong]
             except UserError as error:
@@ -489,7 +484,7 @@ def verify(data_dir):
             progress.update(1)
     if faults:
         raise UserError("\n".join(faults))
-    say(f"{data_dir}: all {len(pairs)} shards are right")
+    say(f"{data_dir}: all {len(shards)} shards are right")
 
 
 # Source -> files ------------------------------------------------------------------------------
@@ -500,28 +495,25 @@ NOT_TEXT = re.compile(
     r"\.|~\$|(__MACOSX|__pycache__|_temporary|_delta_log|@eaDir)$|cache-[0-9a-f]+\.arrow$"
     r"|(manifest(_\d+)?|dataset_infos?|dataset_dict|state)\.json$"
 )
+FILE_TYPES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
+FILE_TYPES |= {".txt": "txt"}  # JSON and txt files may also end in .gz or .zst
 HELD_OUT = re.compile(r"(^|[^a-z])(val|valid|validation|dev|test|eval)([^a-z]|$)", re.I)
 
 
 def file_type(path):
-    """"parquet", "arrow", "json" or "txt"; None for a file that is not read."""
-    types = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
-    types[".txt"] = "txt"
+    """The type of a file, a value of FILE_TYPES; None for a file that is not read."""
     name = re.sub(r"\.(gz|zst)$", "", str(path).lower())
-    return types.get(os.path.splitext(name)[1])
+    return FILE_TYPES.get(os.path.splitext(name)[1])
 
 
 def find_files(config, begun):
     """The commit of a hub data set, or None, and the paths of this rank's files. `begun` is the
     manifest of an earlier run, or None."""
+    same_source = begun is not None and begun.source == [config.source, config.name]
     if os.path.exists(config.source) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source):
         revision = None
         paths = local_files(config.source, config.out)
-    elif (
-        begun is not None
-        and begun.source == [config.source, config.name]
-        and config.revision in (None, begun.revision)
-    ):
+    elif same_source and config.revision in (None, begun.revision):
         return begun.revision, begun.files  # even if the hub has a newer version by now
     else:
         revision, paths = hub_files(config)
@@ -570,7 +562,8 @@ def local_files(source, out):
     paths = sorted(filter(os.path.isfile, found.values()), key=natural_order)
     files = [path for path in paths if file_type(path)]
     if files:
-        mention_doubtful_files(source, base, files, set(paths) - set(files))
+        others = [path for path in paths if not file_type(path)]
+        mention_doubtful_files(source, base, files, others)
     return files
 
 
@@ -589,13 +582,12 @@ def expand(path, pattern, excluded):
             yield from expand(path, pattern[1:], excluded)
         for name in names:
             below = os.path.join(path, name)
-            hidden = NOT_TEXT.match(name)
-            if pattern[:1] in ([], ["**"]):
-                if not hidden:  # a link may lead back to this folder
+            visible = not NOT_TEXT.match(name) or name in pattern[:1]  # it may be spelled out
+            if not pattern or pattern[0] == "**":
+                if visible:  # `real`, because a link may lead back to this folder
                     yield from expand(below, pattern, excluded | {real})
-            elif fnmatchcase(name.lower(), pattern[0].lower()):
-                if not hidden or name == pattern[0]:  # a hidden name that is spelled out counts
-                    yield from expand(below, pattern[1:], excluded)
+            elif visible and fnmatchcase(name.lower(), pattern[0].lower()):
+                yield from expand(below, pattern[1:], excluded)
 
 
 def mention_doubtful_files(source, base, files, others):
@@ -637,12 +629,12 @@ SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)[ \t]*(?:\r?\n|
 
 @dataclass
 class Chunk:
-    """A part of a source file. The worker that tokenizes it calls `load` for its texts."""
+    """A part of a source file. The worker that tokenizes it loads its texts."""
 
     file: int  # the index of its file among the source files
     number: int  # its own index in that file
     path: str
-    load: Callable[[], list]
+    load: partial  # a call without arguments gives its texts, a list
 
 
 def list_chunks(paths, column, start):
@@ -1011,7 +1003,7 @@ def open_manifest(config):
     for difference in filter(None, [manifest.difference(new) for manifest in manifests]):
         raise UserError(f"{out} was begun with {difference}; choose another --out, or delete it")
     if begun:
-        check_sizes(out, begun)
+        check_sizes(out, [begun])
     return begun or new, paths
 
 

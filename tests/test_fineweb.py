@@ -1771,7 +1771,7 @@ def test_shards_without_a_manifest_are_read_but_not_verified(tmp_path):
 
 
 NO_MANIFEST = [  # its text, what is wrong
-    ("{}", "KeyError: 'name'"),
+    ("{}", "name is missing or of a wrong type"),
     ("", r"Expecting value: .* in ''"),
     ("[]", "AttributeError: .*"),
     ('{"complete": tru', r"Expecting value: .* in '{\"complete\": tru'"),
