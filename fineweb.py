@@ -411,7 +411,7 @@ class Manifest:
 
 
 def from_json(cls, entries):
-    """Make an object of the dataclass `cls` from a dict, and check the types of its fields."""
+    """Make an object of the dataclass `cls` from a dict. ValueError unless its types are right."""
     values = {item.name: entries.get(item.name, item.default) for item in fields(cls)}
     for item in fields(cls):
         if not isinstance(values[item.name], item.type):
@@ -766,8 +766,7 @@ chunk_count = itertools.count()  # of the chunks that this process has tokenized
 
 
 def available_cores():
-    """The number of CPU cores that this process may use. The machine can have more: a scheduler may
-    bind a process to some of them, and a container may have a quota (cgroup v2)."""
+    """The number of CPU cores that this process may use, by its affinity and its cgroup's quota."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -784,27 +783,26 @@ def tokenize(chunk):
         fast_encoder.cache_clear()  # gigatoken remembers all words, which would fill memory
     # The first text of a later chunk of a txt file belongs to the last document before it.
     continues = chunk.number > 0 and file_type(chunk.path) == "txt"
-    documents = []
     skipped = Counter()
+    checked = ""
     pieces = [np.empty(0, np.uint16)]
     with reading(chunk.path):
         for text in chunk.load():
             if isinstance(text, bytes):
                 text = text.decode("utf-8-sig", "surrogatepass")
-            if isinstance(text, str) and text:
-                documents.append(text)
-            else:
+            if not isinstance(text, str) or text == "":
                 skipped["empty" if text == "" else "no string"] += 1
-        for number, document in enumerate(documents):
-            if number > 0 or not continues:
+                continue
+            checked = checked or text[:100_000]
+            if not continues:
                 pieces.append([EOT])
-            pieces.append(token_ids(document))
-        # gigatoken is young, so one text of each chunk is compared with what tiktoken makes of it.
-        # It must not be too long: a million spaces are more than tiktoken can encode.
-        text = documents[0][:100_000] if documents else ""
-        if token_ids(text).tolist() != tokenizer().encode_ordinary(text):
-            what = f"{chunk.path}: gigatoken and tiktoken differ on {text[:40]!r}"
-            raise UserError(f"{what}; pip uninstall gigatoken, and please report it")
+            pieces.append(token_ids(text))
+            continues = False
+    # gigatoken is young, so the first text of each chunk is compared with what tiktoken makes of
+    # it; not all of a long one, because a million spaces are more than tiktoken can encode.
+    if token_ids(checked).tolist() != tokenizer().encode_ordinary(checked):
+        what = f"{chunk.path}: gigatoken and tiktoken differ on {checked[:40]!r}"
+        raise UserError(f"{what}; pip uninstall gigatoken, and please report it")
     ids = np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
     return ids, skipped, (chunk.file, chunk.number)
 
@@ -818,10 +816,9 @@ def tokenize_all(chunks, workers):
     interrupted = threading.Event()
 
     def note_interrupt(*_):
-        # An exception in the middle of the pool's code could leave a lock closed for ever.
-        if interrupted.is_set():
+        if interrupted.is_set():  # the second Ctrl-C acts at once
             raise KeyboardInterrupt
-        interrupted.set()
+        interrupted.set()  # an exception within the pool's code could leave a lock closed for ever
 
     chunks = iter(chunks)
     pending = deque()  # futures
@@ -872,7 +869,7 @@ def start_worker():
 
 @contextmanager
 def on_interrupt(handler):
-    """Inside, Ctrl-C has the effect that `handler` says."""
+    """Make `handler` the handler of Ctrl-C inside."""
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield
@@ -916,10 +913,9 @@ class ShardWriter:
         self.out = out
 
     def add(self, ids, skipped, position):
-        """Take what `tokenize` made of the next chunk. Returns how many tokens are new."""
+        """Take what `tokenize` made of the next chunk."""
         used = min(self.to_skip, len(ids))
         self.to_skip -= used
-        new = len(ids) - used
         while used < len(ids):
             # A full shard waits for one more token, which shows that it does not hold all the text.
             if self.filled == len(self.buffer):
@@ -932,7 +928,6 @@ class ShardWriter:
             self.filled += taken
             used += taken
         self.manifest.skipped = dict(Counter(self.manifest.skipped) + skipped)
-        return new
 
     def finish(self, n_files):
         """Write what is left. If it is all the text, the first tenth of it is for validation."""
@@ -1000,8 +995,11 @@ def open_manifest(config):
     if begun and not begun.shards and not begun.complete:
         manifests.remove(begun)  # nothing was written yet, so it does not matter how it began
         begun = None
-    for difference in filter(None, [manifest.difference(new) for manifest in manifests]):
-        raise UserError(f"{out} was begun with {difference}; choose another --out, or delete it")
+    for manifest in manifests:
+        difference = manifest.difference(new)
+        if difference:
+            remedy = "choose another --out, or delete it"
+            raise UserError(f"{out} was begun with {difference}; {remedy}")
     if begun:
         check_sizes(out, [begun])
     return begun or new, paths
@@ -1031,8 +1029,8 @@ def build(config):
     results = tokenize_all(chunks, config.workers)
     with closing(Progress("tok", tokens_before)) as progress, closing(results):
         for ids, skipped, position in results:
-            new = writer.add(ids, skipped, position)
-            progress.update(new, fraction=position[0] / len(paths))
+            writer.add(ids, skipped, position)
+            progress.update(len(ids), fraction=position[0] / len(paths))
     if not manifest.shards and writer.filled == 0 and config.world_size == 1:
         what = f"{config.source} has no text in {config.text_column}"
         raise UserError(f"{what}; choose another column with --text_column")
