@@ -78,8 +78,8 @@ def reading(path):
 
 
 def describe(error):
-    """A few words such as "No space left on device" or "KeyError: 'text'". Where one error was raised
-    because of another, they are about the first one."""
+    """A few words such as "No space left on device" or "KeyError: 'text'". If another error led to
+    this one, they describe that one."""
     cause = error.__cause__
     if cause is None and not error.__suppress_context__:
         cause = error.__context__
@@ -634,21 +634,17 @@ class Chunk:
     file: int  # the index of its file among the source files
     number: int  # its own index in that file
     path: str
-    load: partial  # a call without arguments gives its texts, a list
+    load: partial  # load() returns its texts, a list
 
 
 def list_chunks(paths, column, start):
     """Yields the Chunks of all files, beginning at `start`, a list [file, chunk in it, ...]."""
-    readers = {  # each yields the `load` functions of one file's chunks
-        "parquet": parquet_chunks,
-        "arrow": arrow_chunks,
-        "json": json_chunks,
-        "txt": txt_chunks,
-    }
+    readers = {"parquet": parquet_chunks, "arrow": arrow_chunks, "json": json_chunks}
     for file in range(start[0], len(paths)):
         path = paths[file]
+        reader = readers.get(file_type(path), txt_chunks)  # yields `load` of each chunk
         with reading(path):
-            for number, load in enumerate(readers[file_type(path)](path, column)):
+            for number, load in enumerate(reader(path, column)):
                 if [file, number] >= start[:2]:
                     yield Chunk(file, number, path, load)
 
@@ -777,8 +773,8 @@ def available_cores():
 
 
 def tokenize(chunk):
-    """The token ids of a chunk, (n,) uint16, a Counter of its skipped texts by reason, and where the
-    chunk is, (file, number)."""
+    """The token ids of a chunk, (n,) uint16; a Counter of its skipped texts by reason; and the
+    chunk's place, (file, number)."""
     if next(chunk_count) % 64 == 0:
         fast_encoder.cache_clear()  # gigatoken remembers all words, which would fill memory
     # The first text of a later chunk of a txt file belongs to the last document before it.
@@ -1056,9 +1052,7 @@ def report(manifest, out, tokens_before, seconds):
     tokens = sum(shard.tokens for shard in manifest.shards)
     documents = sum(shard.documents for shard in manifest.shards)
     skipped = Counter(manifest.skipped)
-    encoder = "gigatoken"
-    if not find_spec("gigatoken"):
-        encoder = "tiktoken, because gigatoken is not installed"
+    encoder = "gigatoken" if find_spec("gigatoken") else "tiktoken, as gigatoken is missing"
     say(
         f"{out}: {len(manifest.shards)} shards, {tokens:,} tokens, {documents:,} documents "
         f"(skipped {skipped['empty']} empty, {skipped['no string']} without text), "
