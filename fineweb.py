@@ -63,7 +63,8 @@ class UserError(Exception):
 
 @contextmanager
 def as_user_error(what, remedy):
-    """Any error inside becomes a UserError: "what (cause); remedy", shortened to 200 characters."""
+    """Any error inside becomes a UserError: "what (cause); remedy". The cause is cut so that the
+    line stays near 200 characters."""
     try:
         yield
     except UserError:
@@ -86,7 +87,7 @@ def describe(error):
     if cause is not None:
         return describe(cause)
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    # These two count characters from the start of a chunk, so quote the place instead.
+    # The positions in these two errors count from the start of a chunk, so the place is quoted.
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8: {error.object[error.start :][:20]!r}"
     if isinstance(error, json.JSONDecodeError):
@@ -107,9 +108,10 @@ def say(text, stream="stdout"):
 
 
 class Progress:
-    """A progress bar on stderr. An error in it never ends the work."""
+    """A progress bar on stderr. An error in it never ends the work. `done`: what is done so far."""
 
     def __init__(self, unit, done=0, total=None):
+        self.done = done
         self.bar = None
         with suppress(Exception):
             seconds = 0.5 if sys.stderr.isatty() else 60
@@ -117,12 +119,15 @@ class Progress:
                 initial=done, total=total, unit=unit, unit_scale=True, mininterval=seconds
             )
 
-    def update(self, amount, fraction=None):
-        """`fraction`: an estimate of how much of the work is done, between 0 and 1."""
+    def update(self, amount, fraction=None, **notes):
+        """`fraction`: an estimate of how much of the work is done, between 0 and 1. `notes`: what
+        the bar shows as well."""
+        self.done += amount
         with suppress(Exception):
-            self.bar.update(amount)
             if fraction:
-                self.bar.total = int(self.bar.n / fraction)
+                self.bar.total = int(self.done / fraction)
+            self.bar.set_postfix(notes, refresh=False)
+            self.bar.update(amount)
 
     def close(self):
         with suppress(Exception):
@@ -373,17 +378,17 @@ class Manifest:
     shard_size: int
     format: str
     world_size: int
-    encoder_json: str | None = None  # SHA-256 of the vocabulary; "encoder.json" in the file
+    encoder_json: str | None = None  # SHA-256; the manifest calls it encoder.json
     rank: int
     shards: list = field(default_factory=list)
     skipped: dict = field(default_factory=dict)  # how many texts were skipped, by reason
     complete: bool = False
-    files: list  # of each: [path below the common folder, bytes], or its name on the hub
+    files: list  # [[path below the common folder, bytes], ...], or [name on the hub, ...]
     times: list | None = None  # when each local file was last changed, in nanoseconds
-    # What the shards hold: a number of files, of chunks of the next file, and of tokens of the next
-    # chunk. Because it counts chunks, the sizes below must not change before all is complete.
+    # Where to continue: how many files are done, how many chunks of the next file, and how many
+    # tokens of the next chunk. So the sizes of chunks must not change before all is complete.
     consumed: list = field(default_factory=lambda: [0, 0, 0])
-    chunk_size: int = 1 << 22  # older manifests lack these three, and were made with these values
+    chunk_size: int = 1 << 22  # the defaults of these three are the sizes of older manifests
     large_row_group: int = 64 << 20
     chunk_rows: int = 1000
 
@@ -513,7 +518,7 @@ def find_files(config, begun):
     if os.path.exists(config.source) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source):
         revision = None
         paths = local_files(config.source, config.out)
-    elif same_source and config.revision in (None, begun.revision):
+    elif same_source and begun.revision and config.revision in (None, begun.revision):
         return begun.revision, begun.files  # even if the hub has a newer version by now
     else:
         revision, paths = hub_files(config)
@@ -610,17 +615,17 @@ def mention_doubtful_files(source, base, files, others):
 
 # Files -> chunks of texts ---------------------------------------------------------------------
 #
-# pyarrow reads the files, because datasets' own readers have faults here: the one for JSON puts
-# quotes around all texts near a number, and the one for Parquet fetches the footer of a file again
-# for each row group. Files on the hub are streamed, not stored.
+# pyarrow reads the files, because datasets' own readers have faults here. The one for JSON puts
+# quotes around all texts of a block in which one value is a number. The one for Parquet fetches the
+# footer of a file again for each row group. Files on the hub are streamed, not stored.
 
 CHUNK_SIZE = 1 << 22  # bytes of JSON, or characters of a txt file, in a chunk
 LARGE_ROW_GROUP = 64 << 20  # bytes; a larger row group of Parquet is split into chunks
 CHUNK_ROWS = 1000  # rows in a chunk of such a row group, or of an Arrow file
 
 # A txt file is cut into chunks only where GPT-2's tokenizer always begins a new word, so that the
-# ids are those of the uncut text. That is before white space that follows another character, and
-# before punctuation that follows a letter or digit. There is no cut right after <|endoftext|>,
+# ids are those of the uncut text. That is between a character and white space, and between a letter
+# or digit and punctuation. There is no cut right after <|endoftext|>,
 # because SEPARATOR must see where its line ends.
 CUT = re.compile(r"\S(?=[ \t\r\n])(?<!<\|endoftext\|>)|[^\W_](?=[,.;:!?、。，！？])")
 # The lookbehind means "at the start of a line". ^ would say the same, but a search for it is slow.
@@ -742,10 +747,10 @@ def txt_chunks(path, column):
         stream = io.TextIOWrapper(file, "utf-8-sig", "surrogatepass", newline="")
         text = ""  # what was read and is not in a chunk yet
         while block := stream.read(CHUNK_SIZE):
-            old = len(text)
+            searched = len(text)
             text += block
-            cut = CUT.search(text, old)
-            if old and cut:
+            cut = CUT.search(text, searched)
+            if searched and cut:
                 yield partial(split_documents, text[: cut.end()])
                 text = text[cut.end() :]
         yield partial(split_documents, text)
@@ -753,7 +758,8 @@ def txt_chunks(path, column):
 
 def split_documents(text):
     """'a\\n<|endoftext|>\\nb\\n' -> ['a\\n', 'b\\n'], as if each document had been a file."""
-    return [document for document in SEPARATOR.split(text) if document] or [""]
+    documents = [document for document in SEPARATOR.split(text) if document]
+    return documents or [""]  # an empty file is one empty text
 
 
 # Texts -> ids, in worker processes ------------------------------------------------------------
@@ -776,11 +782,12 @@ def tokenize(chunk):
     """The token ids of a chunk, (n,) uint16; a Counter of its skipped texts by reason; and the
     chunk's place, (file, number)."""
     if next(chunk_count) % 64 == 0:
-        fast_encoder.cache_clear()  # gigatoken remembers all words, which would fill memory
-    # The first text of a later chunk of a txt file belongs to the last document before it.
+        fast_encoder.cache_clear()  # gigatoken's memory of words would grow without bound
+    # The first text of a later chunk of a txt file belongs to the last document before it. (CUT
+    # never leaves a separator at the start of a chunk.)
     continues = chunk.number > 0 and file_type(chunk.path) == "txt"
     skipped = Counter()
-    checked = ""
+    sample = ""
     pieces = [np.empty(0, np.uint16)]
     with reading(chunk.path):
         for text in chunk.load():
@@ -789,15 +796,15 @@ def tokenize(chunk):
             if not isinstance(text, str) or text == "":
                 skipped["empty" if text == "" else "no string"] += 1
                 continue
-            checked = checked or text[:100_000]
+            sample = sample or text[:100_000]
             if not continues:
                 pieces.append([EOT])
             pieces.append(token_ids(text))
             continues = False
     # gigatoken is young, so the first text of each chunk is compared with what tiktoken makes of
     # it; not all of a long one, because a million spaces are more than tiktoken can encode.
-    if token_ids(checked).tolist() != tokenizer().encode_ordinary(checked):
-        what = f"{chunk.path}: gigatoken and tiktoken differ on {checked[:40]!r}"
+    if token_ids(sample).tolist() != tokenizer().encode_ordinary(sample):
+        what = f"{chunk.path}: gigatoken and tiktoken differ on {sample[:40]!r}"
         raise UserError(f"{what}; pip uninstall gigatoken, and please report it")
     ids = np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
     return ids, skipped, (chunk.file, chunk.number)
@@ -1030,24 +1037,25 @@ def build(config):
     if not manifest.shards and writer.filled == 0 and config.world_size == 1:
         what = f"{config.source} has no text in {config.text_column}"
         raise UserError(f"{what}; choose another column with --text_column")
-    if manifest.times and stat_files(paths)[1] != manifest.times:
-        remedy = f"delete {out}, and begin again"
-        raise UserError(f"{config.source} was changed during the run; {remedy}")
+    with as_user_error(f"{config.source} was changed during the run", f"delete {out}, and repeat"):
+        if manifest.times and stat_files(paths)[1] != manifest.times:
+            raise ValueError("a file is newer than the shards")
     writer.finish(len(paths))
     report(manifest, out, tokens_before, seconds=time.perf_counter() - began)
     return manifest
 
 
 def report(manifest, out, tokens_before, seconds):
-    """Say what was made. If the data set is complete, say so if a large part of all tokens is for
-    validation, because --shard_size is large compared with the text."""
+    """Print a summary, and a warning if more than a fifth of a complete data set is for validation,
+    because --shard_size is large compared with the text."""
     manifests = read_manifests(out)
     if sum(m.complete for m in manifests) == manifest.world_size:
         sizes = {shard.name: shard.tokens for m in manifests for shard in m.shards}
         total = sum(sizes.values())
         val = sum(tokens for name, tokens in sizes.items() if split_of(name) == "val")
         if val > max(1, total // 5):
-            remedy = f"delete it and give --shard_size {total // 10} to make that about a tenth"
+            size = max(1, total // 10)
+            remedy = f"delete it and give --shard_size {size} to make that about a tenth"
             say(f"{out}: {val:,} of {total:,} tokens are for validation; {remedy}")
     tokens = sum(shard.tokens for shard in manifest.shards)
     documents = sum(shard.documents for shard in manifest.shards)
@@ -1120,8 +1128,8 @@ def parse(argv):
     refuse_expanded_pattern(argv)
     rank, world_size = slurm_part()
     config = tyro.cli(Config, args=argv, default=Config(rank=rank, world_size=world_size))
-    is_slurms = world_size > 1 and (config.rank, config.world_size) == (rank, world_size)
-    if is_slurms and not config.verify:
+    from_slurm = world_size > 1 and (config.rank, config.world_size) == (rank, world_size)
+    if from_slurm and not config.verify:
         what = f"this process makes part {rank + 1} of {world_size}"
         say(f"{what}, because it runs in a Slurm array; --rank 0 --world_size 1 makes all of it")
     return config
@@ -1141,7 +1149,7 @@ def main(argv=None):
         say(f"fineweb.py: {error}", "stderr")
         sys.exit(2)
     except KeyboardInterrupt:
-        say(f"fineweb.py: interrupted; {RESUME}", "stderr")
+        say("fineweb.py: interrupted" + ("" if "--verify" in sys.argv else f"; {RESUME}"), "stderr")
         sys.exit(130)
 
 

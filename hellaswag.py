@@ -19,8 +19,8 @@ The validation set has 10,042 items (Zellers et al. 2019, arXiv 1905.07830). Thi
      "label": 3,
      "source_id": "activitynet~v_-JhWjGDPHMY", "split": "val", "split_type": "indomain"}
 
-GPT-2 cannot answer a question, but it gives every text a loss. The ending with the lowest mean loss
-per token counts as its answer:
+GPT-2 is not asked to choose. Its loss is computed on each ending, and the ending with the lowest
+mean loss per token counts as its answer:
 
     mean_losses = []
     for ending in item.endings:
@@ -29,20 +29,22 @@ per token counts as its answer:
         mean_losses.append(F.cross_entropy(logits, torch.tensor(ending)).item())
     answer = mean_losses.index(min(mean_losses))
 
-This file computes the same losses about twice as fast. train_gpt2.py calls `evaluate` with its own
-network. The command line scores transformers' GPT-2, so it is an independent check of the number in
-a run's log. Its last line reads
+`score` computes the same losses, but reads each context only once and many items at a time (on a
+CPU about twice as fast). train_gpt2.py calls `evaluate` with its own network. The command line
+scores transformers' GPT-2, so it is an independent check of the number in a run's log. The last
+line that it prints is
 
     10042 acc: 0.2859 acc_norm: 0.2955 ± 0.0046
 
-for the number of items, the accuracy if the lowest sum of losses decides, the accuracy if the
-lowest mean decides, and the standard error of the latter. Published numbers come in two styles:
+It gives the number of items; acc, the accuracy when the ending with the lowest total loss wins;
+acc_norm, the accuracy when the lowest mean loss wins; and the standard error of acc_norm. Published
+numbers come in two styles (Ctx_b is ctx_b.capitalize(); see `clean`):
 
                  completion (build-nanogpt, llm.c)     harness (lm-evaluation-harness)
     context      `ctx`                                 `activity_label: ctx_a Ctx_b`, cleaned,
                                                        without a space at its end
     ending       " " + ending                          " " + ending, cleaned
-    token ids    context and ending separately         both together, then cut after the context
+    token ids    context and ending separately         both together, less those of the context
     acc_norm     loss / tokens of the ending           loss / characters of the cleaned ending
     GPT-2 124M   acc 0.2859, acc_norm 0.2955           acc 0.2892, acc_norm 0.3114
 
@@ -165,11 +167,12 @@ def clean(text, style):
 
 
 def encode(number, record, style):
-    """Tokenize line `number` of a file as the table at the top of this file says. Returns an Item.
-    A record that is not like the one that is shown there raises an error of any type."""
+    """The Item of record `number` of a file, tokenized as the table at the top of this file says. A
+    malformed record raises some exception, of which the caller makes a UserError. (token_ids adds
+    no <|endoftext|>.)"""
     context = record["ctx"]
     endings = [clean(ending, style) for ending in record["endings"]]
-    label = int(record["label"])  # the hub's file has text
+    label = int(record["label"])  # a string in the hub's file
     if label not in range(4) or len(endings) != 4:
         raise ValueError(f"it has {len(endings)} endings and the label {label}")
     if not all(text.strip() for text in [context, *endings]):
@@ -196,8 +199,8 @@ def encode(number, record, style):
 
 
 def fit(item, block_size):
-    """The item, without the beginning of its context if the model's context of block_size tokens is
-    too short for it and the longest ending."""
+    """The item, with its context cut from the left so that it and the longest ending fit into
+    block_size tokens. UserError if an ending alone is too long."""
     longest = max(len(ending) for ending in item.endings)
     if longest > block_size:
         what = f"item {item.index} has an ending of {longest} tokens"
@@ -248,7 +251,7 @@ def pack(items):
     the model's context, because its positions fit. If the endings have S tokens in all, returns
 
     grid    (3, B, T) int64: tokens, positions and segments; padding is 0
-    scored  (2, S) int64: where in the flattened B * T a token is predicted, and which token"""
+    scored  (2, S) int64: the index in the flattened (B * T) of each prediction, and its token"""
     T = max(row_length(item) for item in items)
     grid = torch.zeros(3, len(items), T, dtype=torch.int64)
     where = []
@@ -261,6 +264,7 @@ def pack(items):
         for i, ending in enumerate(item.endings):
             read = ending[:-1]
             start = b * T + len(tokens)
+            # The context's last token predicts the first token of every ending.
             where += [b * T + n - 1, *range(start, start + len(read))]
             targets += ending
             tokens += read
@@ -306,18 +310,21 @@ def token_losses(model, grid, scored):
     """The loss of each scored token in nats, (S,) float32. grid and scored are those of `pack`."""
     idx, positions, segments = grid
     where, targets = scored
-    # Not cuDNN, PyTorch's first choice on Hopper: with masks it has silently been wrong.
+    # All but cuDNN, which PyTorch prefers on Hopper, and which has given wrong results with masks,
+    # without an error. (Flash attention takes a mask only on a CPU.)
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels):
         hidden = hidden_states(model, idx, positions, attention_mask(segments))
     hidden = hidden.flatten(0, 1)[where]  # (S, C)
-    # bfloat16 rounds OpenAI's logits, which are near -100, by up to 0.25. Subtracting their mean
-    # changes no probability and brings them close to 0. Below 16, it rounds by at most 0.03.
+    # OpenAI's logits are near -100, where bfloat16 rounds by up to 0.25. Softmax ignores a
+    # constant, so their mean is subtracted, as the mean row of the weights. The results are below
+    # 16, where bfloat16 rounds by at most 0.03.
     weight = model.lm_head.weight
     mean = weight.mean(0)
-    # Cross entropy is log(sum(exp(logits))) - logits[target]. All logits together take gigabytes.
-    logits = (F.linear(hidden, part - mean).float() for part in weight.split(4096))
-    log_sums = torch.stack([part.logsumexp(1) for part in logits]).logsumexp(0)
+    # Cross entropy is log(sum(exp(logits))) - logits[target]. All (S, V) logits would take
+    # gigabytes, so they are made for 4,096 tokens of the vocabulary at a time.
+    chunks = (F.linear(hidden, part - mean).float() for part in weight.split(4096))
+    log_sums = torch.stack([chunk.logsumexp(1) for chunk in chunks]).logsumexp(0)
     target_logits = torch.einsum("sc,sc->s", hidden, weight[targets] - mean)  # rounded alike
     # Even so, rounding can make the loss of an almost certain token negative.
     return (log_sums - target_logits).clamp(min=0)
@@ -329,7 +336,7 @@ def score(model, items, device, token_budget=None, progress=False):
     finite, scoring stops, and the remaining sums are 0.
 
     model: train_gpt2.py's GPT or transformers' GPT2LMHeadModel, on `device`. It is in eval mode
-    during the call, and the caller's autocast applies. No random numbers are drawn.
+    during the call. The caller's autocast applies, and no random numbers are used.
     token_budget: the number of tokens in a batch, including padding."""
     device = torch.device(device)
     token_budget = token_budget or (32768 if device.type == "cuda" else 1024)
@@ -337,22 +344,22 @@ def score(model, items, device, token_budget=None, progress=False):
     items = [fit(item, block_size) for item in items]
     table = torch.zeros(len(items), 4, dtype=torch.float64)
     bar = Progress("item", total=len(items)) if progress else None
-    right = 0  # answers so far
+    n_correct = 0
     was_training = model.training
     model.eval()
     for numbers in batches(items, token_budget):
         batch = [items[i] for i in numbers]
         grid, scored = pack(batch)
         losses = token_losses(model, grid.to(device), scored.to(device)).cpu().double()
-        lengths = [len(ending) for item in batch for ending in item.endings]
-        sums = torch.stack([part.sum() for part in losses.split(lengths)])
+        token_counts = [len(ending) for item in batch for ending in item.endings]
+        sums = torch.stack([part.sum() for part in losses.split(token_counts)])
         table[numbers] = sums.view(-1, 4)
         if not sums.isfinite().all():
             break
         if bar:
             answers = picks(batch, table[numbers])[1].tolist()
-            right += sum(answer == item.label for answer, item in zip(answers, batch))
-            bar.update(len(batch), acc_norm=f"{right / (bar.done + len(batch)):.4f}")
+            n_correct += sum(answer == item.label for answer, item in zip(answers, batch))
+            bar.update(len(batch), acc_norm=f"{n_correct / (bar.done + len(batch)):.4f}")
     if bar:
         bar.close()
     model.train(was_training)
@@ -482,9 +489,9 @@ def load_gpt2(name):
             raise UserError(f"{name} is a GPT-2 with cross-attention; give one without it")
         config = GPT2Config.from_dict(settings)
         weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
-        objects = 20_000 * config.n_layer  # Python's own, in bytes
+        objects = 20_000 * config.n_layer  # bytes for Python's objects, about 20 kB a layer
         check_memory(4 * weights + objects, name)
-        model, info = GPT2LMHeadModel.from_pretrained(  # check_weights refuses mismatched sizes
+        model, info = GPT2LMHeadModel.from_pretrained(  # check_weights reports mismatched sizes
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
     check_weights(name, info)
