@@ -480,7 +480,7 @@ KILLS = {  # when the process is killed: how many times, and whether the log sho
     "during a save": (3, lambda out, log: any(out.glob("tmp_step_*"))),
     "before the first checkpoint": (2, lambda out, log: "1 norm" in log),
     "in validation": (2, lambda out, log: f"\n{random.choice([4, 14, 24])} norm" in log),
-    "at a random moment": (5, lambda out, log: "norm" in log and random.random() < 0.05),
+    "at a random moment": (5, lambda out, log: "norm" in log and random.random() < 0.02),
 }
 
 

@@ -124,7 +124,8 @@ class Bigram:
     probs: (V, V), one row per token."""
 
     def __init__(self, probs):
-        self.config, self.training = SimpleNamespace(block_size=16), True
+        self.transformer = SimpleNamespace(wpe=SimpleNamespace(num_embeddings=16))
+        self.training = True
         self.lm_head = SimpleNamespace(weight=torch.tensor(probs).log().t())
 
     def eval(self):
@@ -187,14 +188,15 @@ def test_batches_hold_every_row_once():
 
     for n in (1, 7, 8, 9, 1000):
         items = [Item(i, 0, ids(1, 99), [ids(2, 60) for _ in range(4)], [1] * 4) for i in range(n)]
-        rows = [row for i, item in enumerate(items) for row in pack(i, item, 1024)]
         for budget in (1, 2048, 32768):
-            plan = list(batches(rows, 1024, budget))
-            first = sorted(row.slots[0] for part, _ in plan for row in part)
-            assert first == [4 * i for i in range(n)]
-            for part, T in plan:
-                assert max(len(row.tokens) for row in part) <= T and T % 8 == 0
-                assert len(part) == 1 or len(part) * T <= budget
+            plan = list(batches(items, budget))
+            assert sorted(i for numbers in plan for i in numbers) == list(range(n))
+            lengths = [len(i.context) + sum(map(len, i.endings)) - 4 for i in items]
+            assert lengths[plan[0][0]] == max(lengths)
+            for numbers in plan:
+                (_, B, T) = pack([items[i] for i in numbers])[0].shape
+                assert max(lengths[i] for i in numbers) <= T and T % 8 == 0
+                assert B == len(numbers) and (B == 1 or B * T <= budget)
 
 
 def test_hugging_face_and_ours_score_the_same(items, tmp_path):
@@ -231,8 +233,7 @@ def test_hidden_states_equal_the_networks_own(model):
         hidden = hellaswag.hidden_states(model, ids, positions, causal)
         torch.testing.assert_close(model.lm_head(hidden), model(ids), rtol=1e-4, atol=1e-4)
         item = Item(0, 0, ids[0, :9].tolist(), ids[1, :28].view(4, 7).tolist(), [7] * 4)
-        (row,) = pack(0, item, 1024)
-        grid, _, _ = hellaswag.to_tensors([row], len(row.tokens))
+        grid, _ = pack([item])
         mask = hellaswag.attention_mask(grid[2])
         hidden = hellaswag.hidden_states(model, grid[0], grid[1], mask)[0]
         for i, ending in enumerate(item.endings):
@@ -245,20 +246,21 @@ def test_the_example_and_the_picture_in_the_text():
     """The docstrings show an item, how it is decided, and how it is packed. All three are true."""
     text = hellaswag.__doc__
     record = json.loads(re.search(r"^    (\{.*?\})$", text, re.M | re.S)[1])
-    hellaswag.check_record("", 0, record, "harness")
     code = re.search(r"^    mean_losses = .*?\n\n", text, re.M | re.S)[0].replace("\n    ", "\n")
     for label, model in enumerate((sharp(vocab_size=50257), sharp(vocab_size=50257, n_layer=1))):
         item = hellaswag.encode(0, record, "completion")
+        assert item.label == hellaswag.encode(0, record, "harness").label == 3
         names = dict(item=item, model=model, torch=torch, F=F)
         exec(code.strip(), names)
         assert names["answer"] == picks([item], score(model, [item], "cpu"))[1].item()
     C, D, a, b, e, f, g = range(7)
-    row, *_ = pack(0, Item(0, 0, [C, D], [[a, b], [e, f, g], [0], [0]], [1] * 4), 1024)
-    assert row.tokens == [C, D, a, e, f] and row.positions == [0, 1, 2, 2, 3]
-    assert row.segments == [0, 0, 1, 2, 2] and row.scored[:5] == [1, 2, 1, 3, 4]
-    assert row.targets[:5] == [a, b, e, f, g] and row.slots[:5] == [0, 0, 1, 1, 1]
-    mask = hellaswag.attention_mask(torch.tensor([row.segments]))[0, 0]
-    drawn = re.findall(r"^ +[CDaef]    ([x.](?:  [x.])*)$", hellaswag.Row.__doc__, re.M)
+    grid, scored = pack([Item(0, 0, [C, D], [[a, b], [e, f, g], [0], [0]], [1] * 4)])
+    tokens, positions, segments = grid[:, 0, :5]
+    assert tokens.tolist() == [C, D, a, e, f] and positions.tolist() == [0, 1, 2, 2, 3]
+    assert segments.tolist() == [0, 0, 1, 2, 2] and scored[0, :5].tolist() == [1, 2, 1, 3, 4]
+    assert scored[1, :5].tolist() == [a, b, e, f, g]
+    mask = hellaswag.attention_mask(segments[None])[0, 0]
+    drawn = re.findall(r"^ +[CDaef]    ([x.](?:  [x.])*)$", pack.__doc__, re.M)
     assert [[c == "x" for c in line.split()] for line in drawn] == mask.tolist()
 
 
@@ -340,12 +342,14 @@ def test_autocast_stays_close(model, items, expected):
 
 
 @pytest.mark.parametrize("block_size", [16, 60, 150])
-def test_small_context_splits_rows_and_cuts_contexts_on_the_left(block_size, items):
+def test_small_context_cuts_contexts_on_the_left(block_size, items):
     model = sharp(block_size)
     items = [item for item in items if max(map(len, item.endings)) <= block_size][:30]
     result = evaluate(model, items, "cpu")
-    for row in (row for item in items for row in pack(0, item, block_size)):
-        assert len(row.tokens) <= block_size and max(row.positions) < block_size
+    fitted = [hellaswag.fit(item, block_size) for item in items]
+    grid = pack(fitted)[0]
+    assert grid[1].max() < block_size
+    assert grid.size(2) > block_size or block_size == 150  # rows may be longer than the context
     truncated = 0
     for item, losses in zip(items, result.losses):
         # The last token of an ending is not read.
@@ -395,43 +399,52 @@ GOOD = dict(ind=5, activity_label="A", ctx="The cat", endings=["a", "b", "c", "d
 
 
 def bad_lines():
-    yield "{", "is not JSON"
-    yield b"\xff\xfe", "is not JSON"
-    yield "[1]", "is not a JSON object"
+    yield from ("{", "", b"\xff\xfe", "[1]", "3")
     for key in ("ctx", "endings", "label"):
-        yield {k: v for k, v in GOOD.items() if k != key}, f": {key} is missing"
-    for label in (-1, 4, 1.0, "4", "-1", "two", "", True, None):
-        yield GOOD | dict(label=label), ": label is missing or is not 0, 1, 2 or 3"
-    for endings in (["a"] * 3, ["a"] * 5, "abcd", None):
-        yield GOOD | dict(endings=endings), ": endings is missing or is not a list of four"
+        yield {k: v for k, v in GOOD.items() if k != key}
+    for label in (-1, 4, "4", "-1", "two", "", None):
+        yield GOOD | dict(label=label)
+    for endings in (["a"] * 3, ["a"] * 5, 4, None):
+        yield GOOD | dict(endings=endings)
     for ending in ("", " \n", None, 4):
-        yield GOOD | dict(endings=["a", "b", "c", ending]), ": an ending is empty or not text"
+        yield GOOD | dict(endings=["a", "b", "c", ending])
     for ctx in ("", "  ", 3):
-        yield GOOD | dict(ctx=ctx), ": ctx is missing, empty or not text"
-    for ind in (None, "five", 1.5, [1], "9" * 5000, True):
-        yield GOOD | dict(ind=ind), ": ind is not a whole number"
-    yield {}, ": ctx .*, endings .*, label "  # all at once
+        yield GOOD | dict(ctx=ctx)
+    for ind in (None, "five", [1], "9" * 5000):
+        yield GOOD | dict(ind=ind)
 
 
-@pytest.mark.parametrize("line, complaint", bad_lines())
-def test_bad_line(tmp_path, line, complaint):
+@pytest.mark.parametrize("line", bad_lines())
+def test_bad_line(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     line = json.dumps(line) if isinstance(line, dict) else line
     line = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
     with pytest.raises(UserError) as caught:
         load_items(path)
-    sentence = rf"{re.escape(str(path))}, line 2 ?{complaint}[^\n]*; correct or delete the line"
-    assert re.fullmatch(sentence, str(caught.value))
+    what = rf"{re.escape(str(path))}, line 2 is not an item \([^\n]+\)"
+    assert re.fullmatch(rf"{what}; correct or delete the line", str(caught.value))
+
+
+def test_the_reason_of_a_bad_line(tmp_path):
+    for change, reason in (
+        (dict(label=4), "it has 4 endings and the label 4"),
+        (dict(endings=["a"] * 3), "it has 3 endings and the label 2"),
+        (dict(endings=["a", "b", "c", " "]), "ctx or an ending is empty"),
+    ):
+        with pytest.raises(UserError, match=rf"line 1 is not an item \({reason}\); correct"):
+            load_items(write(tmp_path / "bad.jsonl", [GOOD | change]))
+    with pytest.raises(UserError, match=r"line 1 is not an item \(KeyError: 'ctx'\); correct"):
+        load_items(write(tmp_path / "bad.jsonl", [{}]))
 
 
 def test_bad_file(tmp_path):
     empty = tmp_path / "empty.jsonl"
-    empty.write_text("\n")
+    empty.write_text("")
     for path, limit, complaint in (
         (empty, None, "nothing to score"),
         (tmp_path, None, "cannot be read"),
-        (tmp_path / "misspelt.jsonl", None, "no such file"),
+        (tmp_path / "misspelt.jsonl", None, "No such file"),
         (write(tmp_path / "good.jsonl", [GOOD]), 0, "nothing to score"),
     ):
         with pytest.raises(UserError, match=complaint):
@@ -439,14 +452,14 @@ def test_bad_file(tmp_path):
 
 
 def test_harness_needs_and_checks_what_it_uses(tmp_path):
-    for change, complaint in (
-        (dict(activity_label=3), "activity_label"),
-        (dict(endings=["a", "b", "c", "[step] "]), "an ending"),
-        (dict(ctx_a="x", ctx_b=None), "ctx_b is not text"),
-        (dict(ctx_a=["x"], ctx_b=""), "ctx_a is not text"),
+    for change in (
+        dict(activity_label=3),
+        dict(endings=["a", "b", "c", "[step] "]),
+        dict(ctx_a="x", ctx_b=None),
+        dict(ctx_a=["x"], ctx_b=""),
     ):
         load_items(write(tmp_path / "bad.jsonl", [GOOD | change]))  # fine for the other style
-        with pytest.raises(UserError, match=complaint):
+        with pytest.raises(UserError, match="line 1 is not an item"):
             load_items(tmp_path / "bad.jsonl", style="harness")
 
 
@@ -488,7 +501,7 @@ def test_harness_style(tmp_path):
     assert item.lengths == [len("Stir it."), len(" Wait"), len("a b  c"), len("café")]
 
     plain = GOOD | dict(ctx="The cat", endings=["sat", "ran", "é", "[x] y"])
-    with pytest.warns(UserWarning, match="has no ctx_a and ctx_b"):
+    with pytest.warns(UserWarning, match="without ctx_a and ctx_b"):
         (item,) = load_items(write(tmp_path / "two.jsonl", [plain]), style="harness")
     assert item.context == ids("A: The cat") and item.endings[0] == ids(" sat")
     assert item.lengths == [3, 3, 1, 2]
@@ -509,10 +522,8 @@ def test_index_is_the_line_where_the_file_has_none(tmp_path):
 def test_real_file_loads_whole_and_fits_any_gpt2():
     items = load_items(REAL)
     assert len(items) == hellaswag.N_ITEMS
-    rows = [row for i, item in enumerate(items) for row in pack(i, item, 1024)]
-    assert len(rows) == len(items)  # one row per item, nothing cut
-    tokens = sum(len(ending) for item in items for ending in item.endings)
-    assert sum(len(row.targets) for row in rows) == tokens
+    assert all(hellaswag.fit(item, 1024) == item for item in items)  # nothing is cut
+    assert max(pack([item])[0].size(2) for item in items) <= 1024
 
 
 # -- Parquet, and the download from the hub
@@ -541,17 +552,19 @@ def test_parquet_and_json_lines_give_the_same_scores(data, tmp_path):
 
 def test_bad_parquet(tmp_path):
     path = write_parquet(tmp_path / "bad.parquet", [GOOD, GOOD | dict(ctx=None)])
-    with pytest.raises(UserError, match="bad.parquet, line 2: ctx is missing, empty or not text"):
+    with pytest.raises(UserError, match="bad.parquet, line 2 is not an item"):
         load_items(path)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"bad.parquet cannot be read \(.*\); check the file$"):
+    with pytest.raises(
+        UserError, match=r"bad.parquet cannot be read \(.*\); check the file and its name$"
+    ):
         load_items(path)
 
 
 def test_only_the_default_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("hellaswag_val.jsonl", hellaswag.DATA + "x", tmp_path / hellaswag.DATA):
-        with pytest.raises(UserError, match="no such file; correct --data, or omit it"):
+        with pytest.raises(UserError, match="No such file or directory.; check the file"):
             load_items(path)
     (tmp_path / "hellaswag").mkdir()
     write(tmp_path / hellaswag.OLD_DATA, [GOOD] * 3)
@@ -629,15 +642,16 @@ for sha256 in ("0" * 64, "{hub.sha256}", "read again"):
 
 
 def test_processes_agree_whether_there_are_items(hub, tmp_path):
-    """Two processes download once and fail together. If one of them cannot read the file, or reads
-    other items, both skip HellaSwag with one warning. A NaN in one of them is refused by both."""
+    """Rank 0 downloads and reads for both processes, so they have the same items or none, whatever
+    file is on the other machine. A NaN in one of them is refused by both."""
     (tmp_path / "load.py").write_text(f"""
+import hashlib
 import os
 from pathlib import Path
 import torch
 import torch.distributed as dist
 import hellaswag
-from hellaswag import items_or_none, load_items
+from hellaswag import items_or_none
 from train_gpt2 import GPT, GPTConfig
 
 dist.init_process_group("gloo")
@@ -649,26 +663,21 @@ def note(text):
 
 hellaswag.print = lambda text, flush: note(text)
 hellaswag.SHA256 = "0" * 64
-try:
-    load_items()
-except hellaswag.UserError as error:
-    note(error)
+note(items_or_none(hellaswag.DATA, 1024))
 hellaswag.SHA256 = "{hub.sha256}"
 items = items_or_none(hellaswag.DATA, 1024)
 note(len(items))
 
 lines = Path("good.jsonl").read_text().splitlines()
-damaged, other = list(lines), list(lines)
+damaged = list(lines)
 damaged[3] = "{{"
-other[3], other[4] = other[4], other[3]
-for name, mine in ("damaged", damaged), ("other", other):
-    path = Path(f"{{name}}.jsonl")
-    for bad_rank in (0, 1):  # this process reads `mine`, the other one reads `lines`
-        Path(f"{{rank}}").mkdir(exist_ok=True)
-        os.chdir(f"{{rank}}")
-        path.write_text("\\n".join(mine if rank == bad_rank else lines))
-        note(items_or_none(path, 1024))
-        os.chdir("..")
+for bad_rank in (0, 1):  # this process has a damaged file, the other one a good file
+    Path(f"{{rank}}").mkdir(exist_ok=True)
+    os.chdir(f"{{rank}}")
+    Path("its.jsonl").write_text("\\n".join(damaged if rank == bad_rank else lines))
+    found = items_or_none("its.jsonl", 1024)
+    note(found and hashlib.sha256(repr(found).encode()).hexdigest())
+    os.chdir("..")
 note(items_or_none("good.jsonl", 8))
 
 model = GPT(GPTConfig(vocab_size=50257, n_layer=1, n_head=2, n_embd=16))
@@ -685,18 +694,16 @@ dist.destroy_process_group()
     run(tmp_path / "load.py", processes=2, cwd=tmp_path, env=hub.env)
     one, two = ((tmp_path / f"said{rank}").read_text().splitlines() for rank in (0, 1))
     assert [line for line in one if "warning: " not in line] == two
-    assert "cannot be downloaded" in two[0] and len(downloads(hub)) == 2
+    digest = hashlib.sha256(repr(load_items(tmp_path / "good.jsonl")).encode()).hexdigest()
     nan = "HellaSwag item 3: its losses are [nan, nan, nan, nan]; check the model's weights, and"
-    assert two[1:] == ["9", *["None"] * 5, f"{nan} --dtype"]
+    assert two == ["None", "9", "None", digest, "None", f"{nan} --dtype"]
+    assert len(downloads(hub)) == 2
     warnings = [line for line in one if "warning: " in line]
     off = "warning: HellaSwag is off: "
-    for rank in (0, 1):
-        assert warnings[rank].startswith(f"{off}damaged.jsonl, line 4 is not JSON")
-        assert warnings[rank].endswith(f"correct or delete the line (in process {rank})")
-    differ = "differs between the processes; copy the same file to all machines"
-    assert warnings[2:4] == [f"{off}other.jsonl {differ}"] * 2
-    assert re.fullmatch(f"{off}item .* tokens, .* has 8; remove the item", warnings[4])
-    assert len(warnings) == 5
+    assert warnings[0].startswith(f"{off}{hellaswag.DATA} is missing and cannot be downloaded (")
+    assert re.fullmatch(f"{off}its.jsonl, line 4 is not an item .*", warnings[1])
+    assert re.fullmatch(f"{off}item .* tokens, .* has 8; remove the item", warnings[2])
+    assert len(warnings) == 3
 
 
 # -- command line
@@ -791,7 +798,7 @@ def refused(capsys, *args):
 def test_an_impossible_file_is_refused_before_the_work(saved, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hellaswag, "load_items", lambda *args: pytest.fail("the work began"))
     (tmp_path / "file").write_text("mine")
-    for path, why in ((tmp_path, "it is a directory"), (tmp_path / "file/x.json", "File exists")):
+    for path, why in ((tmp_path, "it is not a file"), (tmp_path / "file/x.json", "File exists")):
         said = refused(capsys, "--model", saved, "--data", data, "--json", path)
         assert said == f"{path} cannot be written ({why}); choose another --json"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -856,18 +863,17 @@ def test_ctrl_c_exits_with_130(saved, data, monkeypatch):
     assert caught.value.code == 130
 
 
-def test_a_pipe_is_written_in_place_and_a_link_stays_a_link(saved, data, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
+def test_a_link_stays_a_link_and_a_pipe_is_refused(saved, data, tmp_path, capsys):
     (tmp_path / "real").mkdir()
     (tmp_path / "link.json").symlink_to("real/file.json")
-    read = []
-    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
-    reader.start()
-    for name in ("pipe", "link.json", "link.json"):
-        scored(saved, data, "--device", "cpu", "--json", tmp_path / name)
-    reader.join(10)
-    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link.json").is_symlink()
-    assert read == [(tmp_path / "real/file.json").read_text()] and read[0].count("\n") == 3
+    for _ in range(2):
+        scored(saved, data, "--device", "cpu", "--json", tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real/file.json").read_text().count("\n") == 3
+    os.mkfifo(tmp_path / "pipe")
+    capsys.readouterr()
+    said = refused(capsys, "--model", saved, "--data", data, "--json", tmp_path / "pipe")
+    assert said == f"{tmp_path}/pipe cannot be written (it is not a file); choose another --json"
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file.json", "link.json", "pipe", "real"]
 
 
@@ -895,10 +901,6 @@ def test_compare_by_hand(tmp_path):
     for broken in (records([1] * 99), [{"x": 1}], []):
         with pytest.raises(UserError):
             hellaswag.compare(a, write(tmp_path / "c.json", broken))
-    for number in (math.nan, math.inf, -math.inf):
-        broken = write(tmp_path / "c.json", [r | dict(losses=[number] * 4) for r in records([1])])
-        with pytest.raises(UserError, match=f"c.json is not .* {json.dumps(number)}.; choose"):
-            hellaswag.compare(a, broken)
     with pytest.raises(UserError, match="no.json"):
         hellaswag.compare(a, tmp_path / "no.json")
 
@@ -924,7 +926,7 @@ def test_mistakes_are_one_sentence(saved, data, tmp_path, capsys):
     assert done.stderr.startswith("hellaswag.py: ") and "cannot be downloaded" in done.stderr
     assert not (tmp_path / hellaswag.DATA).exists()
     said = refused(capsys, "--model", saved, "--data", tmp_path / "none.jsonl", "--device", "cpu")
-    assert said.startswith(f"{tmp_path}/none.jsonl: no such file; correct --data")
+    assert said.startswith(f"{tmp_path}/none.jsonl cannot be read (No such file or directory);")
 
 
 def write_config(folder, **settings):

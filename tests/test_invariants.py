@@ -67,7 +67,6 @@ from train_gpt2 import (
     transpose_conv1d,
 )
 
-CPU = torch.device("cpu")
 OFF = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
 
@@ -82,7 +81,7 @@ EXAMPLES = [
 def global_batch(args, step, B, world_size=1):
     """The sequences of a whole batch in their order, collected from all ranks: (n, T + 1)."""
     ranks = range(world_size)
-    loaders = [DataLoaderLite(args, "train", B, rank, world_size, CPU) for rank in ranks]
+    loaders = [DataLoaderLite(args, "train", B, rank, world_size) for rank in ranks]
     micro_steps = zip(*(prefetch(loader)(step) for loader in loaders))
     parts = [torch.cat([x, y[:, -1:]], 1) for parts in micro_steps for x, y in parts]
     return torch.cat(parts)

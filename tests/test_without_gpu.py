@@ -25,7 +25,6 @@ from train_gpt2 import (
     Args,
     bfloat16_is_faster,
     check_device,
-    find_oddities,
     init_distributed,
     newest_checkpoint,
     parse,
@@ -237,6 +236,7 @@ GATHER, BARRIER = ("all_gather_object",), ("barrier",)
 STOP = ("stop?", (), dist.ReduceOp.SUM)
 VALIDATION = ("all_reduce", (2,), dist.ReduceOp.SUM)
 LOSS = ("all_reduce", (), dist.ReduceOp.SUM)
+SMALLEST = ("all_reduce", (), dist.ReduceOp.MIN)  # micro-batch
 EVALUATIONS = [STOP, STOP, VALIDATION, STOP]  # a checkpoint, validation and samples are due
 
 
@@ -281,15 +281,31 @@ def test_resumed_ranks_issue_the_same_collectives(two_ranks):
 
 
 def test_ranks_agree_on_the_dtype_and_the_micro_batch(two_ranks, monkeypatch):
-    """Rank 0 decides whether bfloat16 is faster. All say whether a checkpoint has their
-    micro-batch; otherwise the smallest one wins."""
+    """Rank 0 decides whether bfloat16 is faster, and the smallest micro-batch wins."""
     monkeypatch.setattr(train_gpt2.timeit, "timeit", lambda *args, **flags: 1.0)
     never = dict(val_every=0, sample_every=0, save_every=0)
     flags = never | dict(max_steps=0, dtype="auto", micro_batch_size="auto")
     first, fourth = (rank.train(**flags) for rank in two_ranks())
-    smallest = ("all_reduce", (), dist.ReduceOp.MIN)
-    expected = [GATHER, ("broadcast", 0), GATHER, smallest, STOP, BARRIER]
-    assert first.calls == fourth.calls == expected
+    measured = [("broadcast", 0), GATHER, SMALLEST]
+    assert first.calls == fourth.calls == [GATHER, *measured, STOP, BARRIER]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_ranks_keep_the_micro_batch_of_a_resumed_run_only_together(two_ranks, same):
+    """If the GPU of one rank is another one than before, all measure again."""
+
+    def others(own):
+        return same if own is True else own
+
+    never = dict(val_every=0, sample_every=0, save_every=0, micro_batch_size="auto")
+    first, _ = two_ranks()
+    first.train(max_steps=1, **never)
+    runs = two_ranks()
+    checkpoints = [newest_checkpoint(first.out_dir) for _ in runs]
+    for rank, checkpoint in zip(runs, checkpoints):
+        rank.train(others, checkpoint=checkpoint, max_steps=1, resume=True, **never)
+        measured = [] if same else [SMALLEST]
+        assert rank.calls == [GATHER, GATHER, *measured, STOP, BARRIER]
 
 
 @pytest.mark.parametrize("signal_to", [0, 3])
@@ -379,7 +395,7 @@ def test_the_smallest_micro_batch_wins(tiny, monkeypatch, others):
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(train_gpt2, "gather", lambda mine: [mine, mine])
+    monkeypatch.setattr(train_gpt2, "gather", lambda value: [value])
     tiny.config = replace(tiny.config, block_size=1024)
     assert pick_micro_batch_size(Args(), tiny, 2, nullcontext()) == min(4, others)
 
@@ -509,16 +525,3 @@ def test_the_dtype_of_a_gpu(monkeypatch):
     assert pick_dtype("auto", gpu) == "float16" and pick_dtype("bfloat16", gpu) == "bfloat16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert pick_dtype("auto", gpu) == "bfloat16" and pick_dtype("float32", gpu) == "float32"
-
-
-@pytest.mark.parametrize("emulated", [True, False])
-def test_a_gpu_that_emulates_bfloat16_is_warned_about(tiny, monkeypatch, emulated):
-    loader = SimpleNamespace(device=torch.device("cuda", 0))
-    supported = lambda including_emulation=True: including_emulation or not emulated  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    found = {
-        dtype: list(find_oddities(Args(dtype=dtype), tiny, loader, epochs=1, checkpoint=None))
-        for dtype in ("bfloat16", "float16")
-    }
-    warning = "this GPU only emulates bfloat16, which is slow; try --dtype float16"
-    assert found == {"bfloat16": [warning] if emulated else [], "float16": []}
