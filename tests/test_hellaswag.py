@@ -373,6 +373,21 @@ def test_scoring_leaves_training_alone(items):
     assert not model.training
 
 
+def test_scoring_stops_at_a_loss_that_is_not_finite(model, items, monkeypatch):
+    """Here in the second of ten batches. The run is about to end, so the others do not matter."""
+    calls, original = [], hellaswag.token_losses
+
+    def token_losses(*args):
+        calls.append(args)
+        return original(*args) * (1 if len(calls) == 1 else math.nan)
+
+    monkeypatch.setattr(hellaswag, "token_losses", token_losses)
+    table = score(model, items[:10], "cpu", token_budget=1)
+    assert len(calls) == 2
+    assert sorted(table.isnan().all(1).tolist()) == [False] * 9 + [True]
+    assert (table == 0).all(1).sum() == 8
+
+
 def test_no_items_is_an_empty_table(model):
     assert score(model, [], "cpu").shape == (0, 4)  # a process may have no share
 
