@@ -342,6 +342,19 @@ def test_tensorboard_gets_what_the_log_gets(base, tmp_path, writers):
     assert second.scalars["val"].keys() == {8, 9}
 
 
+def test_tensorboard_keeps_an_evaluation_that_is_not_repeated(base, tmp_path, writers):
+    """Step 8 was evaluated because it was the last. When the run goes on, TensorBoard drops what it
+    has of step 8, so it gets that evaluation once more."""
+    out = tmp_path / "out"
+    train(base[0], out, "--tensorboard", "--val_every", 3)
+    run_here("--resume", "--out_dir", out, "--max_steps", 10)
+    first, second = writers
+    log = log_of(out)["val"]
+    assert list(log) == [0, 3, 6, 8, 9, 10] and list(second.scalars["val"]) == [8, 9, 10]
+    before = {step: value for step, value in first.scalars["val"].items() if step < 8}
+    assert before | second.scalars["val"] == pytest.approx(log, abs=1e-9)
+
+
 def test_tensorboard_reads_what_is_written(base, tmp_path):
     """With the real package, where it is installed."""
     pytest.importorskip("tensorboard")

@@ -308,16 +308,16 @@ def test_large_logits_lose_little_in_bfloat16():
         assert (losses - exact).abs().max() < most, dtype
 
 
-def test_in_bfloat16_only_the_matrix_product_is_rounded():
-    """The sums over the vocabulary, and over its slices, have the precision of float32. bfloat16
-    would round a sum near 10 by up to 0.03."""
+def test_in_bfloat16_only_the_logits_are_rounded():
+    """The logits of all tokens and those of the targets are rounded alike. The sums over the
+    vocabulary have the precision of float32; bfloat16 would round a sum near 10 by up to 0.03."""
     model = Shifted()
     weight = model.lm_head.weight.detach()
     head, hidden = (weight - weight.mean(0)).bfloat16(), model.hidden.bfloat16()
-    logits = F.linear(hidden, head)
-    expected = logits.double().logsumexp(1) - logits[range(len(logits)), model.targets].double()
+    logits = F.linear(hidden, head).double()
+    expected = F.cross_entropy(logits, model.targets, reduction="none")
+    errors = (model.losses(torch.bfloat16) - expected).abs()
     # The logit of a target may be rounded the other way, as its sum is in another order.
-    errors = (model.losses(torch.bfloat16) - expected.clamp(min=0)).abs()
     assert errors.median() < 1e-4 and errors.max() < 0.07
 
 
@@ -373,6 +373,21 @@ def test_scoring_leaves_training_alone(items):
     model = sharp().eval()
     score(model, items[:2], "cpu")
     assert not model.training
+
+
+def test_scoring_stops_at_a_loss_that_is_not_finite(model, items, monkeypatch):
+    """Here in the second of ten batches. The run is about to end, so the others do not matter."""
+    calls, original = [], hellaswag.token_losses
+
+    def token_losses(*args):
+        calls.append(args)
+        return original(*args) * (1 if len(calls) == 1 else math.nan)
+
+    monkeypatch.setattr(hellaswag, "token_losses", token_losses)
+    table = score(model, items[:10], "cpu", token_budget=1)
+    assert len(calls) == 2
+    assert sorted(table.isnan().all(1).tolist()) == [False] * 9 + [True]
+    assert (table == 0).all(1).sum() == 8
 
 
 def test_no_items_is_an_empty_table(model):
