@@ -17,6 +17,7 @@ A shard is complete or absent, and its bytes do not depend on --workers. After C
 power cut the same command continues. Memory: one shard, and a few chunks for each worker.
 """
 
+import atexit
 import bisect
 import glob
 import hashlib
@@ -97,14 +98,33 @@ def describe(error):
     return f"{type(error).__name__}: {text}"
 
 
+def prepare_output():
+    """Let no output end a script. A stream that is closed, as by `2>&-`, goes nowhere, and so does,
+    at the end, one that cannot be written: Python would exit with status 120. Characters that a
+    terminal cannot show are replaced."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="replace")
+    atexit.register(discard_what_cannot_be_written)
+
+
+def discard_what_cannot_be_written():
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def say(text, stream="stdout"):
     """Print a line. If nobody can read it, as after `| head -1`, the work continues in silence."""
-    try:
+    with suppress(OSError, ValueError):
         print(text, file=getattr(sys, stream), flush=True)
-    except UnicodeError:
-        print(ascii(text), file=getattr(sys, stream), flush=True)
-    except (OSError, ValueError):
-        setattr(sys, stream, open(os.devnull, "w"))
 
 
 class Progress:
@@ -1136,9 +1156,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed by whoever started this, as by `2>&-`
-            setattr(sys, stream, open(os.devnull, "w"))
+    prepare_output()
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         if config.verify:

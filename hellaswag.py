@@ -70,7 +70,7 @@ import torch.nn.functional as F
 import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fineweb import Progress, UserError, as_user_error, token_ids
+from fineweb import Progress, UserError, as_user_error, prepare_output, token_ids
 
 REPO = "Rowan/hellaswag"  # a dataset on huggingface.co
 REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # of REPO
@@ -581,9 +581,7 @@ def run(config):
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not if it is closed, or in a notebook
-            stream.reconfigure(errors="replace")  # not every encoding has "±"
+    prepare_output()
     config = tyro.cli(Config, args=argv, description=__doc__)
     try:
         if config.compare:

@@ -1037,8 +1037,7 @@ def print0(*args):
             stop_signals.append(getattr(signal, "SIGPIPE", signal.SIGTERM))
         elif number == errno.EIO and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             stop_signals.append(signal.SIGHUP)
-        with suppress(OSError, ValueError):  # what is printed later goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fineweb.discard_what_cannot_be_written()
 
 
 @contextmanager
@@ -1858,9 +1857,7 @@ def explain(error):
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # replace what a terminal cannot show
-            stream.reconfigure(errors="replace")
+    fineweb.prepare_output()
     stop_signals.clear()
     argv = sys.argv[1:] if argv is None else argv
     old_launcher = ("--local-rank=", "--local_rank=")  # torch.distributed.launch adds this flag

@@ -483,6 +483,9 @@ def test_only_a_reader_that_is_gone_stops_a_run(monkeypatch, error, ignored, rec
         def write(self, text):
             raise error
 
+        def flush(self):
+            raise error
+
         def fileno(self):
             raise ValueError
 
