@@ -1089,8 +1089,9 @@ def test_the_first_interrupt_waits_for_a_chunk_and_the_second_acts_at_once(heed_
 
 def test_workers_ignore_ctrl_c(heed_ctrl_c):
     """In a terminal it reaches all processes. Only the main one decides when to stop."""
-    results = fineweb.tokenize_all([some_seconds(seconds) for seconds in (0, 1, 0)], 1)
+    results = fineweb.tokenize_all([some_seconds(seconds) for seconds in (0, 2, 0)], 1)
     next(results)
+    time.sleep(0.7)  # now it works on the second chunk
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGINT)
     try:
