@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -1084,6 +1085,19 @@ def test_the_first_interrupt_waits_for_a_chunk_and_the_second_acts_at_once(heed_
     with pytest.raises(KeyboardInterrupt):
         next(results)
     assert 1.9 < time.monotonic() - began < 30
+
+
+def test_workers_ignore_ctrl_c(heed_ctrl_c):
+    """In a terminal it reaches all processes. Only the main one decides when to stop."""
+    results = fineweb.tokenize_all([some_seconds(seconds) for seconds in (0, 2, 0)], 1)
+    next(results)
+    time.sleep(0.7)  # now it works on the second chunk
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)
+    try:
+        assert len(list(results)) == 2
+    except KeyboardInterrupt:
+        pytest.fail("the signal ended the work of a chunk")
 
 
 def test_the_interrupt_handler_is_restored(tmp_path):
