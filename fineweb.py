@@ -892,8 +892,11 @@ def start_worker():
 
 @contextmanager
 def on_interrupt(handler):
-    """Make `handler` the handler of Ctrl-C inside."""
-    before = signal.signal(signal.SIGINT, handler)
+    """Make `handler` the handler of Ctrl-C inside, unless Ctrl-C is ignored, as a shell has it for
+    what it starts in the background."""
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:

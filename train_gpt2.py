@@ -597,7 +597,7 @@ def train(args, checkpoint=None):
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # a flag may set it
-        if scaler.is_enabled() and checkpoint["scaler"]:  # empty if it was not float16
+        if checkpoint["scaler"]:  # empty if the run was not in float16
             scaler.load_state_dict(checkpoint["scaler"])
         first_step = checkpoint["step"]
     if device.type == "cpu":
@@ -908,7 +908,6 @@ def prefetch(loader):
 
     def get_micro_batches(step):
         if step not in futures:
-            futures.clear()
             futures[step] = thread.submit(loader.micro_batches, step)
         micro_batches = futures[step].result()
         if not loader.args.overfit_one_batch:
@@ -1077,14 +1076,16 @@ def newest_checkpoint(out_dir, device="auto"):
 
     UserError if all are damaged, or if the processes do not see the same checkpoints."""
     found = find_checkpoints(out_dir)
+    if device == "auto":
+        device = saved_device(found)
+    init_distributed(device)  # gather() needs the processes to be connected
     for _, path in reversed(found):
         problem = None
         try:
             state = read_checkpoint(path)
-            device = state["args"]["device"] if device == "auto" else device
+            check_checksums(path)
         except UserError as error:
             problem = str(error)
-        init_distributed(device)  # gather() needs the processes to be connected
         names, problems = zip(*gather((path.name, problem)))
         refuse_different_checkpoints(out_dir, names)
         if not any(problems):
@@ -1092,7 +1093,6 @@ def newest_checkpoint(out_dir, device="auto"):
         print0(f"warning: {next(filter(None, problems))}")
     if found:
         raise UserError(f"{out_dir}: all of its checkpoints are damaged; choose another --out_dir")
-    init_distributed(device)
     refuse_different_checkpoints(out_dir, [name for name, _ in gather(("no checkpoint", None))])
 
 
@@ -1102,16 +1102,22 @@ def refuse_different_checkpoints(out_dir, names):
         raise UserError(f"{what}; they found {', '.join(sorted(set(names)))}")
 
 
+def saved_device(found):
+    """The --device of the newest checkpoint that can be read, "auto" if there is none."""
+    for _, path in reversed(found):
+        with suppress(UserError):
+            return read_checkpoint(path)["args"]["device"]
+    return "auto"
+
+
 def read_checkpoint(path):
     """The state in a checkpoint's training_state.pt, with its path and the checksums of its
-    tensors. The tensors are memory-mapped, so they take no memory until they are copied. One
-    process per machine compares the checksums. UserError if the file is damaged."""
+    tensors. The tensors are memory-mapped, so they take no memory until they are copied. UserError
+    if the file is damaged."""
     file = path / "training_state.pt"
     with as_user_error(f"{path} is damaged", "the checkpoint before it is used"):
         with zipfile.ZipFile(file) as archive:
             checksums = [member.CRC for member in archive.infolist()]
-            if environment_number("LOCAL_RANK") == 0 and (name := archive.testzip()):
-                raise ValueError(f"wrong checksum of {name}")
         mmap = sys.platform != "win32"  # Windows cannot remove a file that is mapped
         state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=mmap)
         if f"step_{state['step']:05d}" != path.name:
@@ -1119,6 +1125,17 @@ def read_checkpoint(path):
         if "args" not in state:
             state["args"] = state["config"]  # its name in older checkpoints
     return state | {"path": str(path), "checksums": checksums}
+
+
+def check_checksums(path):
+    """UserError if the contents of training_state.pt do not fit their checksums. One process per
+    machine reads them."""
+    if environment_number("LOCAL_RANK") > 0:
+        return
+    with as_user_error(f"{path} is damaged", "the checkpoint before it is used"):
+        with zipfile.ZipFile(path / "training_state.pt") as archive:
+            if name := archive.testzip():
+                raise ValueError(f"wrong checksum of {name}")
 
 
 def write_checkpoint(path, model, state):
@@ -1228,7 +1245,7 @@ class Run:
         """Keep the newest --keep_checkpoints beside `path`."""
         others = [other for _, other in find_checkpoints(self.args.out_dir) if other != path]
         keep = self.args.keep_checkpoints
-        for old in others[:-keep] if keep else []:
+        for old in others[:-keep]:  # of 0, none
             try:
                 shutil.rmtree(old)
             except OSError as error:
@@ -1648,9 +1665,10 @@ def saved_args(checkpoint):
 
 def compare_with_checkpoint(args, saved, path):
     """Print what a resumed run changes. UserError if that makes it another run."""
+    fixed = (*NETWORK, "init_from") if args.sample_only else FIXED
     for name, old in asdict(saved).items():
         new = getattr(args, name)
-        if new != old and name in FIXED:
+        if new != old and name in fixed:
             why = f"--resume: {path} was trained with --{name} {old}, not {new}"
             raise UserError(f"{why}; start another run with --init_from {path}")
         if new != old and not args.sample_only:

@@ -296,11 +296,11 @@ def test_a_checkpoint_is_mapped_checked_once_per_machine_and_let_go(stopped, mon
     monkeypatch.setattr(train_gpt2.zipfile.ZipFile, "testzip", testzip)
     monkeypatch.setattr(train_gpt2, "Run", Run)
     run_here("--resume", "--out_dir", stopped)
-    assert loads == [True] and len(tests) == 1
+    assert set(loads) == {True} and len(tests) == 1
     assert not {"model", "optimizer", "scaler"} & runs[0].keys() and runs[0]["step"] == 4
     monkeypatch.setenv("LOCAL_RANK", "1")
     newest_checkpoint(stopped)
-    assert loads == [True, True] and len(tests) == 1
+    assert set(loads) == {True} and len(tests) == 1
 
 
 def test_the_device_of_a_resumed_run_connects_its_processes(stopped, tmp_path, monkeypatch):
@@ -315,6 +315,22 @@ def test_the_device_of_a_resumed_run_connects_its_processes(stopped, tmp_path, m
     monkeypatch.setattr(train_gpt2, "gather", lambda mine: [mine, ("step_00004", None)])
     with pytest.raises(UserError, match="they found no checkpoint, step_00004"):
         newest_checkpoint(tmp_path / "empty")
+
+
+def test_a_damaged_checkpoint_does_not_change_the_device(base, tmp_path, monkeypatch):
+    """The processes of a run on CPUs must not connect as GPUs."""
+    shutil.copytree(base[1], tmp_path / "out")
+    (tmp_path / "out/step_00008/training_state.pt").write_bytes(b"")
+    devices = []
+    monkeypatch.setattr(train_gpt2, "init_distributed", devices.append)
+    assert newest_checkpoint(tmp_path / "out")["step"] == 4
+    assert devices == ["cpu"]
+
+
+def test_samples_of_a_run_may_have_another_seed(stopped):
+    flags = ["--resume", "--out_dir", stopped, "--sample_only", "--sample_tokens", 3]
+    one, other = (run_here(*flags, "--seed", seed).stdout for seed in (1, 2))
+    assert one.count("> ") == other.count("> ") == 4 and one != other
 
 
 def test_the_last_good_checkpoint_stays_until_the_next_is_written(stopped, base, monkeypatch):
