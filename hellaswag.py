@@ -449,6 +449,9 @@ def compare(a, b):
     for path in (a, b):
         with as_user_error(f"{path} is not a file that --json wrote", "choose another file"):
             records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+            for record in records:
+                if not all(map(math.isfinite, record["losses"])):
+                    raise ValueError(f"item {record['index']} has losses that are not finite")
             keys.append([(record["index"], record["label"]) for record in records])
             answers = [record["pick_norm"] == record["label"] for record in records]
             right.append(torch.tensor(answers).double())

@@ -887,7 +887,10 @@ def test_compare_finds_no_difference_between_equal_models(one):
 
 def test_compare_by_hand(tmp_path):
     def records(right):
-        return [dict(index=i, label=1, pick_norm=int(r)) for i, r in enumerate(right)]
+        return [
+            dict(index=i, label=1, losses=[1.0, 2.0, 3.0, 4.0], pick_norm=int(r))
+            for i, r in enumerate(right)
+        ]
 
     a = write(tmp_path / "a.json", records([1] * 20 + [0] * 80))
     b = write(tmp_path / "b.json", records([1] * 10 + [0] * 10 + [1] * 30 + [0] * 50))
@@ -905,6 +908,10 @@ def test_compare_by_hand(tmp_path):
             hellaswag.compare(a, write(tmp_path / "c.json", broken))
     with pytest.raises(UserError, match="no.json"):
         hellaswag.compare(a, tmp_path / "no.json")
+    # as an earlier version wrote it
+    not_finite = [dict(index=0, label=1, losses=[math.nan, 1, 2, 3], pick_norm=0)]
+    with pytest.raises(UserError, match="item 0 has losses that are not finite"):
+        hellaswag.compare(a, write(tmp_path / "nan.json", not_finite))
 
 
 def test_the_interval_agrees_with_the_bootstrap(tmp_path):
@@ -914,7 +921,9 @@ def test_the_interval_agrees_with_the_bootstrap(tmp_path):
     files, right = [], []
     for name, skill in (("a.json", 0.30), ("b.json", 0.315)):
         right.append(hard + 0.1 * rng.standard_normal(10042) < skill)
-        answers = [dict(index=i, label=1, pick_norm=int(r)) for i, r in enumerate(right[-1])]
+        answers = [
+            dict(index=i, label=1, losses=[1.0], pick_norm=int(r)) for i, r in enumerate(right[-1])
+        ]
         files.append(write(tmp_path / name, answers))
     interval = re.search(r"interval (\S+) to (\S+) ", hellaswag.compare(*files))
     values, counts = np.unique(right[1].astype(int) - right[0], return_counts=True)
