@@ -75,7 +75,7 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """A token sees itself and earlier tokens, never later ones: the next is what it predicts."""
+    """A token sees itself and earlier tokens, but no later ones, as it must predict the next."""
 
     def __init__(self, config):
         super().__init__()
@@ -97,13 +97,13 @@ class CausalSelfAttention(nn.Module):
         #     att = q @ k.transpose(2, 3) / math.sqrt(D)  # (B, H, T, T)
         #     att = att.masked_fill(future, -math.inf)  # future: True where the key comes later
         #     y = F.softmax(att, dim=-1) @ v
-        # If entries of q and k are independent, of variance 1, their dot product has variance D;
-        # dividing by sqrt(D) makes it 1 again. With larger scores, softmax puts almost all weight
-        # on one token, and almost no gradient gets through it. On recent NVIDIA GPUs, in bfloat16
-        # or float16, the call below runs as flash attention (Dao et al. 2022). It computes att tile
-        # by tile in fast on-chip memory, adding up the numerator and denominator of softmax. The
-        # (B, H, T, T) matrix is never stored (backward() computes the tiles again): moving it to
-        # the GPU's main memory and back would take longer than the arithmetic.
+        # If entries of q and k are independent, of mean 0 and variance 1, their dot product has
+        # variance D, and dividing it by sqrt(D) restores variance 1. With larger scores, softmax
+        # puts almost all weight on one token, and almost no gradient gets through.
+        # On recent NVIDIA GPUs, in bfloat16 or float16, the call below is flash attention (Dao et
+        # al. 2022). It computes att tile by tile in fast on-chip memory, keeping running sums of
+        # exp(att) and exp(att) @ v. The (B, H, T, T) matrix is never stored (backward() computes
+        # the tiles again): moving it to main memory and back would take longer than the arithmetic.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenates the heads
         return self.c_proj(y)  # mixes the heads
@@ -125,7 +125,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalized copy of x, the residual stream, and adds its
-    output to it. Through the additions, gradients reach early layers directly.
+    output to x. Because x itself is only added to, gradients reach early layers undiminished.
     LayerNorm brings a token's C channels to mean 0 and variance 1; scale and bias are learned."""
 
     def __init__(self, config):
@@ -190,7 +190,7 @@ class GPT(nn.Module):
         loss is near -ln(1 / V) = ln V = 10.83 for V = 50304 (a little more: they are not equal)."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens > block_size {self.config.block_size}"
-        pos = torch.arange(T, device=idx.device)  # without it, no score depends on distance
+        pos = torch.arange(T, device=idx.device)  # attention itself does not compare positions
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x)
@@ -217,11 +217,11 @@ class GPT(nn.Module):
         -lr * m / (sqrt(v) + eps) to the weight: about lr, whatever the size of the gradients, and
         less if successive gradients disagree. m averages over about 1 / (1 - beta1) = 10 steps
         (beta1 = 0.9), v over 20 (beta2 = 0.95): GPT-3's values (appendix B). With PyTorch's default
-        of 0.999, 1000 steps, v would lag behind growing gradients: steps would be too large.
+        of 0.999 (1000 steps), v lags as gradients grow: the divisor is too small, steps too large.
 
         Weight decay bypasses m and v: it multiplies a weight by 1 - lr * weight_decay in each step.
-        Only weights that the loss needs stay large: the output is less sensitive to the input.
-        Biases multiply no input, and a LayerNorm scale of 0 would silence a channel: no decay."""
+        So no single weight grows very large, and many share the work. Biases and LayerNorm scales
+        are exempt: biases multiply no input, and a scale near 0 would silence its channel."""
         params = list(self.parameters())
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -245,18 +245,18 @@ class GPT(nn.Module):
 
         Each token is sampled from the top_k most likely ones (top_k = 0: from all), because the
         many unlikely ones together are drawn often enough to spoil the text. The logits are divided
-        by temperature: at 0.5, a token 3 times as likely as another becomes 9 times as likely, so
-        the text is safer and more repetitive; above 1, it varies more; 0 takes the most likely one.
+        by temperature: 0.5 squares the ratio of any two probabilities (3 : 1 becomes 9 : 1), so the
+        text is safer and more repetitive; above 1, it varies more; 0 takes the most likely one.
         top_p then keeps the smallest set of tokens with at least that total probability: few where
         the model is sure, many where it is not."""
-        # The cache computes only the new token, until cropping shifts all positions; same logits.
+        # Same logits, only faster: the cache computes just the new token until idx gets cropped.
         next_logits = KVCache(self).next_logits if use_cache else self.next_logits
         generator = torch.Generator(idx.device).manual_seed(seed)
         if temperature == 0:
             temperature, top_k = 1.0, 1
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # crop to the longest context
-            logits = next_logits(context)[:, :VOCAB_SIZE].float()  # (B, V), see PADDED_VOCAB_SIZE
+            logits = next_logits(context)[:, :VOCAB_SIZE].float()  # (B, V), without padding ids
             k = min(top_k or VOCAB_SIZE, logits.size(1))  # top_k = 0: all
             logits, ids = logits.topk(k)  # (B, k), most likely first
             probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
@@ -283,7 +283,7 @@ def transpose_conv1d(name, tensor):
 
 
 def print_samples(model, args, autocast, n_samples=4, seed=42):
-    """Print continuations of --prompt, each up to <|endoftext|>. autocast: see training_step."""
+    """Print continuations of --prompt, each up to <|endoftext|>. autocast: mixed precision."""
     if model.config.vocab_size < VOCAB_SIZE:
         return  # fewer ids than GPT-2's tokenizer has: trained with another tokenizer
     enc = tokenizer()
@@ -294,7 +294,7 @@ def print_samples(model, args, autocast, n_samples=4, seed=42):
         idx = model.generate(idx, args.sample_tokens, **options)
     for tokens in idx[:, len(prompt) :].tolist():
         end = tokens.index(enc.eot_token) if enc.eot_token in tokens else len(tokens)
-        print0(">", args.prompt + enc.decode(tokens[:end], errors="ignore"))  # whole characters
+        print0(">", args.prompt + enc.decode(tokens[:end], errors="ignore"))  # no half characters
 
 
 # Settings -------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ class TrainConfig:
     seq_len: int = 1024  # tokens per sequence
     shuffle: bool = True  # visit the sequences in a new random order in each epoch
     seed: int = 1337  # for the initial weights and the shuffling
-    overfit_one_batch: bool = False  # bug test: repeats batch 0 (keep it small); loss must near 0
+    overfit_one_batch: bool = False  # bug test: trains on one (small!) batch; loss must approach 0
     # optimizer: GPT-3, appendix B, except the length of the run
     max_steps: int = 19073  # 10e9 tokens / 2**19
     warmup_steps: int = 715  # 375M tokens / 2**19
@@ -346,8 +346,8 @@ class TrainConfig:
     min_lr: float = 6e-5  # 10% of max_lr; if you change one, change both
     weight_decay: float = 0.1
     grad_clip: float = 1.0  # clip the global norm of the gradient to this; 0: no limit
-    # each happens at step 0 (not saving), every N steps, and after the last; 0 turns it off
-    val_every: int = 250  # validation loss (OpenAI's 124M has 3.29)
+    # each of these runs at step 0 (except saving), every N steps and after the last; 0: never
+    val_every: int = 250  # validation loss (on FineWeb-Edu, OpenAI's 124M has 3.29)
     hellaswag_every: int = 250  # HellaSwag accuracy
     sample_every: int = 250  # samples
     save_every: int = 5000  # checkpoints
@@ -367,8 +367,8 @@ class TrainConfig:
 
 def get_lr(step, args):
     """Learning rate of a step, counted from 0: linear warm-up, then cosine decay (GPT-3, appendix
-    B). Warm-up: steps are small while AdamW's means rest on few, fast-changing gradients. Decay:
-    large steps get near the minimum, small ones settle into it; the cosine is flat at both ends."""
+    B). Warm-up: steps stay small while gradients change too fast for AdamW's means. Decay: large
+    steps get near the minimum, small ones settle into it; the cosine gives both more time."""
     if step < args.warmup_steps:
         return args.max_lr * (step + 1) / args.warmup_steps
     progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
@@ -443,7 +443,7 @@ class DataLoaderLite:
 
 def due(every, step, run):
     """True at step 0, at multiples of `every`, and after the last step; False once a signal such as
-    Ctrl-C asks to stop. All processes must call this together, because it asks all of them."""
+    Ctrl-C asks to stop. All ranks must call this together: stop_requested() asks all of them."""
     now = every > 0 and (step % every == 0 or step == run.args.max_steps)
     return now and not run.stop_requested()
 
@@ -478,7 +478,7 @@ def init_distributed(device_name):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
     world_size = int(os.environ.get("WORLD_SIZE", 1))  # number of processes on all machines
     device = pick_device(device_name, local_rank)
-    if "RANK" in os.environ and not dist.is_initialized():  # --resume calls this earlier, too
+    if "RANK" in os.environ and not dist.is_initialized():  # --resume has already called this
         if device.type == "cuda":
             torch.cuda.set_device(device)
             dist.init_process_group("nccl", device_id=device)  # connects NVIDIA GPUs
@@ -539,11 +539,11 @@ def training_step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
         loss = loss / grad_accum_steps
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
-    scaler.unscale_(optimizer)  # undo the scaling of the loss, before clipping
+    scaler.unscale_(optimizer)  # divide the gradients by the scaler's factor, before clipping
     # If the norm of the whole gradient exceeds grad_clip, scale it down to that norm. Otherwise one
     # unusual batch would dominate AdamW's running means for many steps.
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # 0: no limit
-    if norm.isfinite():  # else (an overflow) skip the step, in all processes: same norm
+    if norm.isfinite():  # else (overflow) all ranks skip the step: DDP gave all one gradient
         scaler.step(optimizer)  # AdamW
     scaler.update()
     return mean_loss, norm
@@ -587,8 +587,8 @@ def train(args, checkpoint=None):
     args = replace(args, dtype=pick_dtype(args.dtype, device))
     use_amp = args.dtype != "float32"  # automatic mixed precision
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=use_amp)
-    # In float16, gradients below about 3e-8 become 0. So the scaler multiplies the loss, and hence
-    # all gradients, by a large factor. An overflow lowers the factor; later it rises again.
+    # In float16, activations' gradients below about 3e-8 become 0 before they reach .grad. So the
+    # scaler multiplies the loss, and hence all gradients, by a large factor; overflows lower it.
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
 
     raw_model = build_model(args, checkpoint).to(device)
@@ -596,7 +596,7 @@ def train(args, checkpoint=None):
     first_step = 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # a flag may set it
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # a flag may have changed it
         if checkpoint["scaler"]:  # empty if the run was not in float16
             scaler.load_state_dict(checkpoint["scaler"])
         first_step = checkpoint["step"]
@@ -604,11 +604,11 @@ def train(args, checkpoint=None):
         use_cpu_kernels(raw_model, args)
     # The micro-batch size B changes speed and memory, but not the result (up to rounding).
     B = pick_micro_batch_size(args, raw_model, world_size, autocast, checkpoint)
-    model = raw_model  # model and ddp_model wrap raw_model: all three share the same weights
+    model = raw_model  # all three share the weights; only training needs ddp_model
     if args.compile:
-        # Fuses the operations between matrix products (LayerNorm, GELU, additions) into a few
-        # kernels, so that intermediate results need not travel to the GPU's memory and back.
-        # It compiles again for each new shape, so samples and HellaSwag, whose lengths vary, use
+        # torch.compile fuses the operations between matrix products (LayerNorm, GELU, additions)
+        # into a few kernels, so that intermediate results need not go to GPU memory and back. It
+        # compiles again for each new shape, so samples and HellaSwag, whose lengths vary, use
         # raw_model.
         model = torch.compile(raw_model, dynamic=False)
     ddp_model = model
@@ -646,14 +646,14 @@ def train(args, checkpoint=None):
             print0(f"step {step}: validation loss {val_loss:.4f}")
             run.log(step, val=val_loss)
         if examples and due(args.hellaswag_every, step, run):
-            # A test of common sense: 10,042 contexts with four endings each, one of them right. The
-            # model's answer is the ending with the lowest mean loss per token, given the context
-            # (acc_norm; by the sum, short endings would win). Guessing scores 0.25, GPT-2 0.2955.
+            # Common sense: 10,042 contexts with four endings each, one of them right. The model only
+            # predicts tokens, so its answer is the ending whose tokens have, after the context, the
+            # lowest mean loss (acc_norm; a sum favors short endings). Guessing: 0.25, GPT-2: 0.2955.
             with autocast:
                 score = hellaswag.evaluate(raw_model, examples, device, rank, world_size)
             print0(f"step {step}: HellaSwag accuracy {score.acc_norm:.4f} on {score.n} examples")
             run.log(step, hella=score.acc_norm)
-        if due(args.sample_every, step, run) and master_process:  # in this order: all call due()
+        if due(args.sample_every, step, run) and master_process:  # due() first: all ranks call it
             print_samples(raw_model, args, autocast)
         if run.stop_requested():  # by Ctrl-C or SIGTERM, in any process
             if master_process and step > first_step:
