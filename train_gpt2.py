@@ -646,9 +646,9 @@ def train(args, checkpoint=None):
             print0(f"step {step}: validation loss {val_loss:.4f}")
             run.log(step, val=val_loss)
         if examples and due(args.hellaswag_every, step, run):
-            # Common sense: 10,042 contexts with four endings each, one of them right. The model only
-            # predicts tokens, so its answer is the ending whose tokens have, after the context, the
-            # lowest mean loss (acc_norm; a sum favors short endings). Guessing: 0.25, GPT-2: 0.2955.
+            # Common sense: 10,042 contexts with four endings each, one of them right. As the model
+            # predicts tokens, its answer is the ending whose tokens have, after the context, the
+            # lowest mean loss (acc_norm; a sum favors short endings). Guessing 0.25, GPT-2 0.2955.
             with autocast:
                 score = hellaswag.evaluate(raw_model, examples, device, rank, world_size)
             print0(f"step {step}: HellaSwag accuracy {score.acc_norm:.4f} on {score.n} examples")
