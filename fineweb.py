@@ -3,15 +3,16 @@
     python fineweb.py                                          # FineWeb-Edu, 20 GB of shards
     python fineweb.py --source 'books/*.parquet' --out books   # or arrow, jsonl, txt (.gz, .zst)
     python fineweb.py --name default --rank 3 --world_size 16  # a part; a Slurm array sets both
-    python fineweb.py --verify edu_fineweb10B                  # compare all with the manifest
+    python fineweb.py --verify edu_fineweb10B                  # check every shard against it
 
 The shards in --out are `*_val_000000.npy`, then `*_train_000001.npy`, and so on. Each holds
---shard_size token ids as uint16; the last one holds fewer. manifest.json says how they were made.
+--shard_size token ids as uint16; the last may hold fewer. manifest.json says how they were made.
 
 A document is a row of a table, a line of JSON, or a txt file; lines of <|endoftext|> divide a txt
-file into several documents. Each becomes <|endoftext|> and its token ids. Documents stay in order
-and may continue in the next shard. Values that are null, empty or not text are skipped and counted.
-The first shard is for validation; if one shard holds all the text, the first tenth of it is.
+file into several documents. Each becomes <|endoftext|> and its token ids. The documents of a rank
+stay in order and may continue in the next shard. Values that are null, empty or not text are
+skipped and counted. The first shard is for validation; if one shard holds all the text, the first
+tenth of it is.
 
 A shard is complete or absent, and its bytes do not depend on --workers. After Ctrl-C, kill -9 or a
 power cut the same command continues. Memory: one shard, and a few chunks for each worker.
@@ -168,7 +169,7 @@ def write_atomically(path, write):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # where the system can, bring the new name to the disk as well
+        with suppress(OSError):  # where the system can, flush the entry of the folder, too
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -212,6 +213,7 @@ def tokenizer():
     byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
     ids, _ = read_vocabulary()
     special = {"<|endoftext|>": ids.pop("<|endoftext|>")}
+    # GPT-2's ids are the ranks of its merges.
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
     return tiktoken.Encoding(
         "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
@@ -250,13 +252,13 @@ def token_ids(text):
 
 
 def save_tokenizer(directory, context):
-    """Write the tokenizer's files for transformers. `context`: the model's greatest length."""
+    """Write the tokenizer's files for transformers. `context`: the longest context in tokens."""
     from transformers import GPT2Tokenizer
 
     ids, merges = read_vocabulary()
     pairs = [tuple(merge.split()) for merge in merges]
-    theirs = GPT2Tokenizer(ids, pairs, pad_token="<|endoftext|>", model_max_length=context)
-    theirs.save_pretrained(directory)
+    copy = GPT2Tokenizer(ids, pairs, pad_token="<|endoftext|>", model_max_length=context)
+    copy.save_pretrained(directory)
 
 
 # Shards on disk -------------------------------------------------------------------------------
@@ -324,7 +326,7 @@ class TokenArray:
     """Several shards as one long array of token ids. It has a length, and a slice tokens[a:b] is an
     array (b - a,) of uint16, which may run across the ends of shards.
 
-    A slice with a token id that is not below `vocab_size` is a UserError."""
+    vocab_size: train_gpt2.py sets this to its model's. A slice with a larger id is a UserError."""
 
     def __init__(self, shards, data_dir):
         self.shards = shards
@@ -579,6 +581,7 @@ def local_files(source, out):
         pattern.insert(0, base.name)
         base = base.parent
     with reading(base):
+        # --out is skipped, unless it is the source itself.
         excluded = {os.path.realpath(out)} - {os.path.realpath(base, strict=True)}
     found = {}  # the path of each real file
     for path in expand(str(base), pattern, excluded):
@@ -659,17 +662,24 @@ class Chunk:
     file: int  # the index of its file among the source files
     number: int  # its own index in that file
     path: str
-    load: partial  # load() returns its texts, a list
+    # load() returns its texts, a list. It reads a row group of Parquet in the worker; otherwise it
+    # brings what was read along.
+    load: partial
 
 
 def list_chunks(paths, column, start):
-    """Yields the Chunks of all files, beginning at `start`, a list [file, chunk in it, ...]."""
-    readers = {"parquet": parquet_chunks, "arrow": arrow_chunks, "json": json_chunks}
+    """Yields the Chunks of all files, beginning at `start`: [number of the file, of the chunk]."""
+    readers = {
+        "parquet": parquet_chunks,
+        "arrow": arrow_chunks,
+        "json": json_chunks,
+        "txt": txt_chunks,
+    }
     for file in range(start[0], len(paths)):
         path = paths[file]
-        reader = readers.get(file_type(path), txt_chunks)  # yields `load` of each chunk
+        read = readers[file_type(path)]  # yields what `load` of each chunk is to be
         with reading(path):
-            for number, load in enumerate(reader(path, column)):
+            for number, load in enumerate(read(path, column)):
                 if [file, number] >= start[:2]:
                     yield Chunk(file, number, path, load)
 
@@ -698,7 +708,7 @@ def open_parquet(path, column):
     if path.startswith("hf://"):
         from huggingface_hub import HfFileSystem
 
-        # Without this it reads 5 MB ahead, which other workers need, but not this one.
+        # By default it reads 5 MB ahead, which belong to the row groups of other workers.
         source = HfFileSystem().open(path, cache_type="none")
     file = ParquetFile(source)
     check_column(path, column, file.schema_arrow)
@@ -836,12 +846,14 @@ def tokenize_all(chunks, workers):
     if pool is None:
         yield from map(tokenize, chunks)
         return
+    # The first Ctrl-C is only noted, and raised between chunks, because an exception within the
+    # pool's code could leave a lock held for ever. The second one acts at once.
     interrupted = threading.Event()
 
     def note_interrupt(*_):
-        if interrupted.is_set():  # the second Ctrl-C acts at once
+        if interrupted.is_set():
             raise KeyboardInterrupt
-        interrupted.set()  # an exception within the pool's code could leave a lock closed for ever
+        interrupted.set()
 
     chunks = iter(chunks)
     pending = deque()  # futures
@@ -860,7 +872,7 @@ def tokenize_all(chunks, workers):
     except BrokenProcessPool as error:
         what = "--workers: a worker was killed, perhaps because memory ran out"
         raise UserError(f"{what}; give fewer") from error
-    except BaseException:  # nobody waits for the chunks in work any more
+    except BaseException:  # nobody waits for the chunks in progress any more
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise
@@ -934,7 +946,7 @@ class ShardWriter:
         with as_user_error("--shard_size is too large for this machine", "give less"):
             self.buffer = np.empty(manifest.shard_size, np.uint16)
         self.filled = 0  # tokens in the buffer
-        self.to_skip = manifest.consumed[2]  # the next tokens, which earlier shards hold already
+        self.to_skip = manifest.consumed[2]  # tokens that earlier shards hold already
         self.manifest = manifest
         self.out = out
 
@@ -953,6 +965,7 @@ class ShardWriter:
             self.buffer[self.filled : self.filled + taken] = ids[used : used + taken]
             self.filled += taken
             used += taken
+        # Only now, because a resumed run tokenizes, and counts, the chunk of `position` again.
         self.manifest.skipped = dict(Counter(self.manifest.skipped) + skipped)
 
     def finish(self, n_files):
@@ -1032,7 +1045,7 @@ def open_manifest(config):
 
 
 def build(config):
-    """Tokenize config.source into shards in config.out, or continue that. Returns the Manifest."""
+    """Tokenize config.source into shards in config.out, or resume that. Returns the Manifest."""
     ranges = {  # llm.c's header has 31 bits for the number of tokens
         "shard_size": range(1, 2**31),
         "workers": range(10_000),
