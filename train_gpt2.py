@@ -1078,6 +1078,7 @@ def newest_checkpoint(out_dir, device="auto"):
     found = find_checkpoints(out_dir)
     if device == "auto":
         device = saved_device(found)
+    check_device(device)
     init_distributed(device)  # gather() needs the processes to be connected
     for _, path in reversed(found):
         problem = None

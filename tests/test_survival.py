@@ -306,12 +306,13 @@ def test_a_checkpoint_is_mapped_checked_once_per_machine_and_let_go(stopped, mon
 def test_the_device_of_a_resumed_run_connects_its_processes(stopped, tmp_path, monkeypatch):
     """Unless --device is given. The processes are connected even if there is no checkpoint,
     because others may have one."""
-    devices = []
+    devices, checked = [], []
     monkeypatch.setattr(train_gpt2, "init_distributed", devices.append)
+    monkeypatch.setattr(train_gpt2, "check_device", checked.append)
     assert newest_checkpoint(stopped)["args"]["device"] == "cpu"
     newest_checkpoint(stopped, "mps")
     assert newest_checkpoint(tmp_path / "empty") is None
-    assert devices == ["cpu", "mps", "auto"]
+    assert devices == checked == ["cpu", "mps", "auto"]  # what cannot be is refused before
     monkeypatch.setattr(train_gpt2, "gather", lambda mine: [mine, ("step_00004", None)])
     with pytest.raises(UserError, match="they found no checkpoint, step_00004"):
         newest_checkpoint(tmp_path / "empty")
@@ -380,7 +381,7 @@ def test_a_checkpoint_is_written_once(base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("end", ["a signal", "the last step"])
 def test_a_run_that_ends_while_it_skips_steps_is_saved(base, tmp_path, monkeypatch, end):
-    """Steps 2 and 3 are skipped, so their checkpoints are left out, except the one at the end."""
+    """Steps 2 and 3 are skipped, so their checkpoints are skipped, except the one at the end."""
     real_step, count = train_gpt2.training_step, iter(range(1000))
 
     def step(model, batches, optimizer, *args):
