@@ -1021,7 +1021,12 @@ def test_no_worker_outlives_the_main_process(tmp_path, how):
     command = [sys.executable, SCRIPT, "--source", busy_source(tmp_path), "--out", tmp_path / "out"]
     command += ["--workers", "2", "--shard_size", "10000"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal
+        **pipes,
+    )
 
     def group():  # processes of the session that are alive
         stats = (p.read_text().rsplit(")", 1)[1].split() for p in Path("/proc").glob("[0-9]*/stat"))
