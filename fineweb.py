@@ -230,15 +230,20 @@ def fast_encoder():
         return tokenizer().encode_ordinary
     ids, merges = read_vocabulary()
     del ids["<|endoftext|>"]  # in a text these are characters like any others
+    return gigatoken.Tokenizer.from_json(tokenizer_json(ids, merges)).encode
+
+
+def tokenizer_json(ids, merges):
+    """A tokenizer.json that has GPT-2's form."""
+    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     model = {"type": "BPE", "vocab": ids, "merges": merges}
-    words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    settings = json.dumps({"model": model, "pre_tokenizer": words})
-    return gigatoken.Tokenizer.from_json(settings).encode
+    return json.dumps({"model": model, "pre_tokenizer": words, "decoder": words})
 
 
-def token_ids(text):
-    """The token ids of a text, an array (n,) of integers. <|endoftext|> in it is ordinary text."""
-    encode = fast_encoder()
+def token_ids(text, enc=None):
+    """The token ids of a text, an array (n,) of integers. <|endoftext|> in it is ordinary text.
+    enc: the tokenizer; by default GPT-2's."""
+    encode = enc.encode_ordinary if isinstance(enc, OtherTokenizer) else fast_encoder()
     try:
         return np.asarray(encode(text))
     except TypeError:  # half of a surrogate pair: like tiktoken, encode U+FFFD in its place
@@ -251,14 +256,106 @@ def token_ids(text):
         raise UserError(f"{what}; pip install gigatoken") from error
 
 
-def save_tokenizer(directory, context):
-    """Write the tokenizer's files for transformers. `context`: the longest context in tokens."""
+class OtherTokenizer:
+    """A tokenizer that is not GPT-2's, read from its files, with what the scripts use of tiktoken's
+    Encoding. Every id is less than n_vocab. eot_token precedes each document."""
+
+    def __init__(self, files):
+        from tokenizers import Tokenizer
+
+        self.files = files  # {name: bytes}; checkpoints receive them as they are
+        text = files.get("tokenizer.json")
+        if text is None:  # the older form of the same
+            ids = json.loads(files["vocab.json"]) | json.loads(files.get("added_tokens.json", "{}"))
+            lines = files["merges.txt"].decode().splitlines()
+            text = tokenizer_json(ids, [line for line in lines if line.count(" ") == 1])
+        self.hf = Tokenizer.from_buffer(text if isinstance(text, bytes) else text.encode())
+        self.hf.no_truncation()
+        self.hf.no_padding()
+        self.hf.encode_special_tokens = True  # special tokens in a text are ordinary text
+        self.vocabulary = self.hf.get_vocab()
+        self.n_vocab = 1 + max(self.vocabulary.values())
+        names = [name for name in END_OF_TEXT if name in self.vocabulary]
+        self.eot_token = self.vocabulary[names[0]] if names else 0
+
+    def encode_ordinary(self, text):
+        return self.hf.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids, errors="replace"):
+        text = self.hf.decode(ids, skip_special_tokens=False)
+        return text.replace("\ufffd", "") if errors == "ignore" else text
+
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+
+
+def read_tokenizer(folder):
+    """The tokenizer whose files lie in a folder of weights or of shards. If there are no files, it
+    is GPT-2's if the manifest of the shards says so, else None."""
+    paths = [Path(folder, name) for name in TOKENIZER_FILES]
+    with as_user_error(f"the tokenizer in {folder} cannot be read", "mend or remove its files"):
+        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+        if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys():
+            found = OtherTokenizer(files)
+            return tokenizer() if found.vocabulary == read_vocabulary()[0] else found
+    ours = [m.encoder_json == VOCABULARY["encoder.json"] for m in read_manifests(folder)]
+    return tokenizer() if any(ours) else None
+
+
+def tokenizer_of(model):
+    """The tokenizer of a model's ids: the one that lay with its weights or its shards, else GPT-2's
+    if the model has a row for each of its tokens, and at most a few more. None if that is unknown;
+    then nothing can be said in words."""
+    rows = model.config.vocab_size
+    found = getattr(model, "tokenizer", None)
+    if found is None and VOCAB_SIZE <= rows < VOCAB_SIZE + 128:
+        found = tokenizer()
+    return found if found and found.n_vocab <= rows else None
+
+
+def why_no_tokenizer(model):
+    """The cause when tokenizer_of gives None, and a remedy."""
+    rows = model.config.vocab_size
+    found = getattr(model, "tokenizer", None)
+    cause = f"its tokenizer has {found.n_vocab} tokens" if found else "there is no tokenizer.json"
+    remedy = "put the right tokenizer.json beside the weights or the shards"
+    return f"{cause}, and the model has {rows} rows; {remedy}"
+
+
+def vocab_size_of(model):
+    """How many ids of a model are tokens. The rest of its rows only pad the vocabulary."""
+    enc = tokenizer_of(model)
+    return enc.n_vocab if enc else model.config.vocab_size
+
+
+def save_tokenizer(directory, enc, context):
+    """Write a tokenizer's files. `context`: the longest context in tokens."""
+    files = enc.files if isinstance(enc, OtherTokenizer) else gpt2_files(context)
+    for name, content in files.items():
+        Path(directory, name).write_bytes(content)
+
+
+@cache
+def gpt2_files(context):
+    """{name: bytes}: the files of GPT-2's tokenizer in all forms that other programs read."""
     from transformers import GPT2Tokenizer
 
     ids, merges = read_vocabulary()
+    settings = {"model_max_length": context, "clean_up_tokenization_spaces": False}
     pairs = [tuple(merge.split()) for merge in merges]
-    copy = GPT2Tokenizer(ids, pairs, pad_token="<|endoftext|>", model_max_length=context)
-    copy.save_pretrained(directory)
+    with tempfile.TemporaryDirectory() as folder:
+        GPT2Tokenizer(ids, pairs, pad_token="<|endoftext|>", **settings).save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    # tokenizers before 0.20 read a merge only as one string, "t h", and not as a pair of strings.
+    whole = json.loads(files["tokenizer.json"])
+    whole["model"]["merges"] = merges
+    files["tokenizer.json"] = json.dumps(whole, ensure_ascii=False).encode()
+    # GPT2Tokenizer of transformers 4 reads these two.
+    files["vocab.json"] = json.dumps(ids, ensure_ascii=False).encode()
+    files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""]).encode()
+    return files
 
 
 # Shards on disk -------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ import torch.nn.functional as F
 import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fineweb import Progress, UserError, as_user_error, prepare_output, token_ids
+from fineweb import Progress, UserError, as_user_error, prepare_output, read_tokenizer
+from fineweb import token_ids, tokenizer_of, why_no_tokenizer
 
 REPO = "Rowan/hellaswag"  # a dataset on huggingface.co
 REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # of REPO
@@ -93,9 +94,10 @@ class Item:
     lengths: list[int]  # what acc_norm divides by: tokens, or characters in style harness
 
 
-def load_items(path=DATA, limit=None, style="completion"):
+def load_items(path=DATA, limit=None, style="completion", enc=None):
     """Read a list of Item from JSON lines or Parquet. If the default file is missing, download it.
 
+    enc: the model's tokenizer; None: GPT-2's.
     limit: read only this many items, evenly spaced over the file, because the official file has all
     items from ActivityNet before all items from WikiHow."""
     path = Path(path)
@@ -121,18 +123,18 @@ def load_items(path=DATA, limit=None, style="completion"):
         with as_user_error(what, "correct or delete the line"):
             line = lines[number]
             record = line if isinstance(line, dict) else json.loads(line)
-            items.append(encode(number, record, style))
+            items.append(encode(number, record, style, enc))
     return items
 
 
-def items_or_none(path, block_size):
+def items_or_none(path, block_size, enc=None):
     """All items, for evaluation during training. Rank 0 reads them and sends them to the other
     processes, so all have the same. If it cannot read them, or if an ending does not fit into the
     model's context, it prints a warning, and all processes return None."""
     result = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            items = load_items(path)
+            items = load_items(path, enc=enc)
             for item in items:
                 fit(item, block_size)  # raises UserError now rather than in an evaluation
             result = [items]
@@ -166,7 +168,7 @@ def clean(text, style):
     return text
 
 
-def encode(number, record, style):
+def encode(number, record, style, enc=None):
     """The Item of record `number` of a file, tokenized as the table at the top of this file says. A
     malformed record raises some exception, of which the caller makes a UserError. (token_ids adds
     no <|endoftext|>.)"""
@@ -178,8 +180,8 @@ def encode(number, record, style):
     if not all(text.strip() for text in [context, *endings]):
         raise ValueError("ctx or an ending is empty")
     if style == "completion":
-        context_ids = token_ids(context).tolist()
-        ending_ids = [token_ids(" " + ending).tolist() for ending in endings]
+        context_ids = token_ids(context, enc).tolist()
+        ending_ids = [token_ids(" " + ending, enc).tolist() for ending in endings]
         lengths = [len(ids) for ids in ending_ids]
     else:
         if "ctx_a" in record and "ctx_b" in record:
@@ -188,8 +190,8 @@ def encode(number, record, style):
             warnings.warn("without ctx_a and ctx_b, scores differ slightly from the harness's own")
         context = clean(record["activity_label"] + ": " + context, style)
         # GPT-2's tokens begin with spaces, so a space after the context belongs to the ending.
-        context_ids = token_ids(context.rstrip()).tolist()
-        whole_ids = [token_ids(context + " " + ending).tolist() for ending in endings]
+        context_ids = token_ids(context.rstrip(), enc).tolist()
+        whole_ids = [token_ids(context + " " + ending, enc).tolist() for ending in endings]
         ending_ids = [ids[len(context_ids) :] for ids in whole_ids]
         lengths = [len(ending) for ending in endings]
     return Item(int(record.get("ind", number)), label, context_ids, ending_ids, lengths)
@@ -498,6 +500,7 @@ def load_gpt2(name):
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
     check_weights(name, info)
+    model.tokenizer = read_tokenizer(name)
     return model.float()
 
 
@@ -570,8 +573,11 @@ def run(config):
     dtype = getattr(torch, config.dtype)
     if config.json:
         partial_path(config.json)  # refuses an impossible path before the work begins
-    items = load_items(config.data, config.limit, config.style)
     model = load_gpt2(config.model).to(device)
+    enc = tokenizer_of(model)
+    if enc is None:
+        raise UserError(f"{config.model}: {why_no_tokenizer(model)}")
+    items = load_items(config.data, config.limit, config.style, enc)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         result = evaluate(model, items, device, progress=True)
     try:

@@ -58,7 +58,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fineweb
 import hellaswag
-from fineweb import VOCAB_SIZE, tokenizer  # 50257: 50,000 BPE merges, 256 bytes, <|endoftext|>
 
 # The network ----------------------------------------------------------------------------------
 
@@ -68,7 +67,7 @@ class GPTConfig:
     """The shape of a network. The defaults are GPT-2 (124M)."""
 
     block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = VOCAB_SIZE
+    vocab_size: int = fineweb.VOCAB_SIZE  # 50257: 50,000 BPE merges, 256 bytes, <|endoftext|>
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -209,6 +208,7 @@ class GPT(nn.Module):
         model = cls(GPTConfig(block_size=c.n_positions, vocab_size=c.vocab_size, **shape))
         state_dict = {name: transpose_conv1d(name, p) for name, p in hf.state_dict().items()}
         model.load_state_dict(state_dict)  # raises if a name or a shape differs
+        model.tokenizer = hf.tokenizer  # found in the directory; else None
         return model
 
     def configure_optimizers(self, weight_decay, learning_rate):
@@ -254,11 +254,11 @@ class GPT(nn.Module):
         generator = torch.Generator(idx.device).manual_seed(seed)
         if temperature == 0:
             temperature, top_k = 1.0, 1
+        n_tokens = fineweb.vocab_size_of(self)  # V, less the rows that only pad the vocabulary
+        k = min(top_k or n_tokens, n_tokens)  # top_k = 0: all
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # crop to the longest context
-            logits = next_logits(context)[:, :VOCAB_SIZE].float()  # (B, V), without padding ids
-            k = min(top_k or VOCAB_SIZE, logits.size(1))  # top_k = 0: all
-            logits, ids = logits.topk(k)  # (B, k), most likely first
+            logits, ids = next_logits(context)[:, :n_tokens].float().topk(k)  # (B, k), sorted
             probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
             if top_p < 1:
                 probs = keep_top_p(probs, top_p)
@@ -284,9 +284,9 @@ def transpose_conv1d(name, tensor):
 
 def print_samples(model, args, autocast, n_samples=4, seed=42):
     """Print continuations of --prompt, each up to <|endoftext|>. autocast: mixed precision."""
-    if model.config.vocab_size < VOCAB_SIZE:
-        return  # fewer ids than GPT-2's tokenizer has: trained with another tokenizer
-    enc = tokenizer()
+    enc = fineweb.tokenizer_of(model)  # GPT-2's, unless another lies with the weights or the shards
+    if enc is None:
+        return  # the shards hold ids of an unknown tokenizer
     prompt = enc.encode_ordinary(args.prompt) or [enc.eot_token]
     idx = torch.tensor([prompt] * n_samples, device=model.lm_head.weight.device)  # (B, T)
     with autocast:
@@ -620,8 +620,8 @@ def train(args, checkpoint=None):
     train_loader = DataLoaderLite(args, "train", B, rank, world_size, device)
     val_loader = DataLoaderLite(args, "val", B, rank, world_size, device)
     get_micro_batches = prefetch(train_loader)  # a function: step -> micro-batches
-    examples = load_hellaswag(args, raw_model)
     run = Run(args, raw_model, train_loader, val_loader, autocast, checkpoint)
+    examples = load_hellaswag(args, raw_model)
 
     def state(step):
         """Everything needed to continue. (Learning rate, batch size and data follow from step.)"""
@@ -708,7 +708,7 @@ from pathlib import Path
 import tyro
 from filelock import FileLock, Timeout
 
-from fineweb import UserError, as_user_error  # UserError: printed without a traceback
+from fineweb import VOCAB_SIZE, UserError, as_user_error  # UserError: printed without a traceback
 
 # The same network computed in other ways, and what suits this machine -------------------------
 
@@ -919,19 +919,30 @@ def prefetch(loader):
 
 
 def load_hellaswag(args, model):
-    """The HellaSwag examples. None if they are turned off or cannot be read, or if the model was
-    trained on another tokenizer's ids."""
-    if args.hellaswag_every and model.config.vocab_size >= VOCAB_SIZE:
-        return hellaswag.items_or_none(args.hellaswag_data, model.config.block_size)
+    """The HellaSwag examples. None if they are turned off or cannot be read, or if the model's
+    tokenizer is unknown."""
+    enc = fineweb.tokenizer_of(model)
+    if args.hellaswag_every and enc:
+        return hellaswag.items_or_none(args.hellaswag_data, model.config.block_size, enc)
 
 
 # Hugging Face's files -------------------------------------------------------------------------
 
 
 def real_vocab_size(model):
-    """The number of tokens, without the rows that only pad the vocabulary to 50304."""
+    """The number of rows without those that pad GPT-2's vocabulary to 50304."""
     size = model.config.vocab_size
-    return VOCAB_SIZE if size == PADDED_VOCAB_SIZE else size
+    padded = size == PADDED_VOCAB_SIZE and fineweb.tokenizer_of(model) is fineweb.tokenizer()
+    return VOCAB_SIZE if padded else size
+
+
+def attach_tokenizer(model, args, checkpoint):
+    """Set model.tokenizer, which goes into checkpoints: what lies with the weights, else with the
+    shards that are trained on."""
+    if checkpoint:
+        model.tokenizer = fineweb.read_tokenizer(checkpoint["path"])
+    if getattr(model, "tokenizer", None) is None and not args.sample_only:
+        model.tokenizer = fineweb.read_tokenizer(args.data_dir)
 
 
 def load_hugging_face(name_or_dir):
@@ -964,7 +975,8 @@ def save_hugging_face(model, directory):
     c = model.config
     directory = Path(directory)
     vocab_size = real_vocab_size(model)
-    end_of_text = VOCAB_SIZE - 1 if vocab_size >= VOCAB_SIZE else None
+    enc = getattr(model, "tokenizer", None) or fineweb.tokenizer_of(model)
+    end_of_text = enc.eot_token if enc else None
     config = GPT2Config(
         n_layer=c.n_layer,
         n_head=c.n_head,
@@ -989,8 +1001,8 @@ def save_hugging_face(model, directory):
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     with never_fatal("the permissions of model.safetensors"):  # save_file lets only us read it
         shutil.copymode(directory / "config.json", directory / "model.safetensors")
-    if vocab_size == VOCAB_SIZE:
-        fineweb.save_tokenizer(directory, c.block_size)
+    if enc:
+        fineweb.save_tokenizer(directory, enc, c.block_size)
 
 
 GPT.save_pretrained = save_hugging_face  # the name that models of transformers have, too
@@ -1184,6 +1196,7 @@ class Run:
         self.stopping = False
         self.progress = Progress(args, model, train_loader)
         self.log_file = None
+        attach_tokenizer(model, args, checkpoint)
         for loader in (train_loader, val_loader):
             loader.tokens.vocab_size = real_vocab_size(model)  # a larger id in the data is refused
         if train_loader.rank == 0:
@@ -1308,7 +1321,7 @@ class Run:
         elif saved:
             newest = shlex.quote(str(saved[-1][1]))
             print0(f"checkpoint: {newest}, which transformers can open, too. Next:")
-            if self.model.config.vocab_size >= VOCAB_SIZE:
+            if fineweb.tokenizer_of(self.model):
                 print0(f"  python train_gpt2.py --sample_only --init_from {newest}")
             print0(f"  GPT2_RUN={out_dir} jupyter execute --inplace play.ipynb  # plots the log")
 
@@ -1553,9 +1566,11 @@ def announce(args, model, loader, val_loader, checkpoint, facts):
 
 def find_oddities(args, model, loader, epochs, checkpoint):
     """Yield a warning for each setting that works but is probably not what the user wants."""
-    V = model.config.vocab_size
-    if V < VOCAB_SIZE and (args.sample_every or args.hellaswag_every):
-        yield f"samples and HellaSwag are off: {V} tokens are not GPT-2's vocabulary"
+    if not fineweb.tokenizer_of(model) and (args.sample_every or args.hellaswag_every):
+        yield f"samples and HellaSwag are off: {fineweb.why_no_tokenizer(model)}"
+    enc, shards_enc = fineweb.tokenizer_of(model), fineweb.read_tokenizer(args.data_dir)
+    if enc and shards_enc and getattr(enc, "files", None) != getattr(shards_enc, "files", None):
+        yield "the shards have another tokenizer than the weights; samples are in that of the weights"
     if epochs > 50 and not args.overfit_one_batch:
         yield f"{epochs:.0f} epochs are many; --epochs 3 or --finetune trains for fewer"
     if args.warmup_steps > args.max_steps:
@@ -1619,6 +1634,7 @@ FIXED = NETWORK + (
     "overfit_one_batch",
 )
 PATHS = ("data_dir", "out_dir", "init_from", "hellaswag_data")
+BATCH = ("total_batch_size", "micro_batch_size", "seq_len")
 
 
 def parse(argv):
@@ -1627,7 +1643,7 @@ def parse(argv):
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("demo", "finetune", "resume"):
         early.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
-    for name in ("model", "device", "out_dir", "max_steps"):
+    for name in ("model", "device", "out_dir", "max_steps", "vocab_size") + BATCH:
         early.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     early, _ = early.parse_known_args(argv)
     given = {"demo": early.demo, "finetune": early.finetune, early.model: True}
@@ -1647,10 +1663,28 @@ def parse(argv):
     args = replace(args, **{name: os.path.expanduser(getattr(args, name)) for name in PATHS})
     if args.demo and not args.sample_only:
         fineweb.build_demo(args.data_dir)
-    args = convert_epochs(args, max_steps_given=early.max_steps is not None)
+    if not args.sample_only:
+        if not checkpoint:
+            args = follow_text(args, given=early)
+        args = convert_epochs(args, max_steps_given=early.max_steps is not None)
     if checkpoint:
         compare_with_checkpoint(args, defaults, checkpoint["path"])
     return args, checkpoint
+
+
+def follow_text(args, given):
+    """Set what follows from the shards, unless a flag says otherwise: --vocab_size from their
+    tokenizer, and with --finetune a batch that leaves about ten steps or more in an epoch."""
+    enc = fineweb.read_tokenizer(args.data_dir)
+    if enc and args.init_from == "scratch" and given.vocab_size is None:
+        V = PADDED_VOCAB_SIZE if enc is fineweb.tokenizer() else enc.n_vocab
+        args = replace(args, vocab_size=V)
+    if args.finetune and all(getattr(given, name) is None for name in BATCH):
+        n_tokens = len(fineweb.open_tokens(args.data_dir, "train"))
+        batch = min(args.total_batch_size, 2 ** max(4, (n_tokens // 9).bit_length() - 1))
+        T = min(args.seq_len, max(1, batch // environment_number("WORLD_SIZE", 1)))
+        args = replace(args, total_batch_size=batch, seq_len=T)
+    return args
 
 
 def saved_args(checkpoint):
@@ -1678,7 +1712,7 @@ def compare_with_checkpoint(args, saved, path):
 
 def convert_epochs(args, max_steps_given):
     """Replace --epochs by the --max_steps that it means, unless that is given, too."""
-    if not 0 < args.epochs < math.inf or args.sample_only:
+    if not 0 < args.epochs < math.inf:
         return args
     if not max_steps_given:
         wanted = args.epochs * len(fineweb.open_tokens(args.data_dir, "train"))
@@ -1794,9 +1828,9 @@ def sample(args, checkpoint):
     device = pick_device(args.device)
     dtype = getattr(torch, pick_dtype(args.dtype, device))
     model = build_model(args, checkpoint).to(device)
-    if model.config.vocab_size < VOCAB_SIZE:
-        what = "--sample_only: the model was not trained on GPT-2's tokens"
-        raise UserError(f"{what}; choose another --init_from")
+    attach_tokenizer(model, args, checkpoint)
+    if fineweb.tokenizer_of(model) is None:
+        raise UserError(f"--sample_only: {fineweb.why_no_tokenizer(model)}")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     for line in sys.stdin if args.prompt == "-" else [args.prompt]:
         print_samples(model, replace(args, prompt=line.rstrip("\n")), autocast, seed=args.seed)
