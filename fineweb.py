@@ -2,6 +2,7 @@
 
     python fineweb.py                                          # FineWeb-Edu, 20 GB of shards
     python fineweb.py --source 'books/*.parquet' --out books   # or arrow, jsonl, txt (.gz, .zst)
+    python fineweb.py --source notes.txt --tokenizer char      # ids of characters; or FILE.json
     python fineweb.py --name default --rank 3 --world_size 16  # a part; a Slurm array sets both
     python fineweb.py --verify edu_fineweb10B                  # check every shard against it
 
@@ -12,7 +13,8 @@ A document is a row of a table, a line of JSON, or a txt file; lines of <|endoft
 file into several documents. Each becomes <|endoftext|> and its token ids. The documents of a rank
 stay in order and may continue in the next shard. Values that are null, empty or not text are
 skipped and counted. The first shard is for validation; if one shard holds all the text, the first
-tenth of it is.
+tenth of it is. With --tokenizer the tokenizer's files lie beside the shards, from where
+train_gpt2.py takes them along into its checkpoints.
 
 A shard is complete or absent, and its bytes do not depend on --workers. After Ctrl-C, kill -9 or a
 power cut the same command continues. Memory: one shard, and a few chunks for each worker.
@@ -358,6 +360,63 @@ def gpt2_files(context):
     return files
 
 
+def name_tokenizer(config):
+    """What the manifest records of --tokenizer: None, char, or the SHA-256 of a file."""
+    if config.tokenizer in ("gpt2", "char"):
+        if config.tokenizer == "char" and config.world_size > 1:
+            raise UserError("--tokenizer char reads all of the text; omit --rank and --world_size")
+        return None if config.tokenizer == "gpt2" else "char"
+    remedy = "give gpt2, char, or a tokenizer.json"
+    with as_user_error(f"--tokenizer {config.tokenizer} cannot be read", remedy):
+        return hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
+
+
+def write_tokenizer(config, manifest, paths):
+    """Put tokenizer.json, and tokenizer_config.json for transformers, beside the shards, unless an
+    earlier run did. Returns the SHA-256 of the first."""
+    out = Path(config.out)
+    if manifest.tokenizer_json is None or manifest.tokenizer_json != hash_of_tokenizer(out):
+        if manifest.tokenizer == "char":
+            whole = character_tokenizer(config, paths)
+        else:
+            whole = json.loads(Path(config.tokenizer).read_bytes())
+        with as_user_error(f"--tokenizer {config.tokenizer} cannot be used", "give another file"):
+            enc = OtherTokenizer({"tokenizer.json": json.dumps(whole).encode()})
+            names = [name for name in END_OF_TEXT if name in enc.vocabulary]
+            if not names:  # documents need something before them
+                names = [END_OF_TEXT[0]]
+                enc.hf.add_special_tokens(names)
+            if enc.hf.get_vocab_size() > 2**16 or max(enc.hf.get_vocab().values()) >= 2**16:
+                raise ValueError(
+                    f"it has {enc.hf.get_vocab_size()} tokens, and uint16 holds 65,536"
+                )
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[0]}
+        settings |= {"bos_token": names[0], "clean_up_tokenization_spaces": False}
+        texts = {"tokenizer.json": enc.hf.to_str(), "tokenizer_config.json": json.dumps(settings)}
+        for name, text in texts.items():
+            write_atomically(out / name, lambda file, text=text: file.write(text.encode()))
+    return hash_of_tokenizer(out)
+
+
+def character_tokenizer(config, paths):
+    """A tokenizer.json with an id for each character of the source, in the order of Unicode."""
+    characters = set()
+    for chunk in list_chunks(paths, config.text_column, [0, 0]):
+        with reading(chunk.path):
+            for text in map(to_text, chunk.load()):
+                characters |= set(text or "")
+    ids = {character: id for id, character in enumerate(sorted(characters))}
+    end = {"id": len(ids), "content": END_OF_TEXT[0], "special": True, "normalized": False}
+    end |= {"single_word": False, "lstrip": False, "rstrip": False}
+    model = {"type": "BPE", "vocab": ids | {END_OF_TEXT[0]: len(ids)}, "merges": []}
+    return {"model": model, "added_tokens": [end], "decoder": {"type": "Fuse"}}
+
+
+def hash_of_tokenizer(folder):
+    path = Path(folder, "tokenizer.json")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
 # Shards on disk -------------------------------------------------------------------------------
 
 SHARD_NAME = re.compile(r"(?!\.).*_(train|val)(?:_.*)?\.(?:npy|bin)$", re.I)
@@ -480,10 +539,10 @@ class Shard:
     sha256: str
 
     @classmethod
-    def measure(cls, path, ids):
+    def measure(cls, path, ids, eot=EOT):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(path.name, len(ids), path.stat().st_size, int(np.sum(ids == EOT)), digest)
+        return cls(path.name, len(ids), path.stat().st_size, int(np.sum(ids == eot)), digest)
 
 
 @dataclass(kw_only=True)
@@ -498,6 +557,8 @@ class Manifest:
     format: str
     world_size: int
     encoder_json: str | None = None  # SHA-256; the manifest calls it encoder.json
+    tokenizer: str | None = None  # None: GPT-2's; char; or the SHA-256 of the file that was given
+    tokenizer_json: str | None = None  # SHA-256 of the tokenizer.json beside the shards
     rank: int
     shards: list = field(default_factory=list)
     skipped: dict = field(default_factory=dict)  # how many texts were skipped, by reason
@@ -520,6 +581,7 @@ class Manifest:
         """The first reason why this data set cannot be continued with the settings of the `new`
         manifest, such as "shard_size 1000, not 2000"; None if it can be."""
         keys = ["revision", "text_column", "shard_size", "format", "world_size", "encoder_json"]
+        keys += ["tokenizer"]
         if self.name == new.name:  # another rank has other files
             keys += ["files"]
             if not self.complete:
@@ -550,7 +612,7 @@ def read_manifests(data_dir):
         remedy = "to use the shards as they are, delete it"
         with as_user_error(f"{path} is no manifest of fineweb.py", remedy):
             entries = json.loads(path.read_text())
-            entries["encoder_json"] = entries.get("encoder.json")
+            entries = {key.replace(".json", "_json"): value for key, value in entries.items()}
             manifest = from_json(Manifest, entries)
             manifest.shards = [from_json(Shard, shard) for shard in manifest.shards]
             manifests.append(manifest)
@@ -576,6 +638,9 @@ def check_manifest(data_dir):
     if manifests and sum(m.complete for m in manifests) < manifests[0].world_size:
         remedy = "the fineweb.py command that began it continues it; or delete its manifest"
         raise UserError(f"{data_dir} is unfinished; {remedy}")
+    if manifests and manifests[0].tokenizer_json not in (None, hash_of_tokenizer(data_dir)):
+        what = "its tokenizer.json is missing or another one; copy the right one there"
+        raise UserError(f"{data_dir} is not as its manifest says: {what}")
     others = check_sizes(data_dir, manifests)
     if manifests and others:
         what = f"{others[0]} is not listed there; remove that file"
@@ -590,17 +655,18 @@ def verify(data_dir):
     if not shards:
         raise UserError(f"{data_dir} has no manifest to compare with; there is nothing to verify")
     faults = []
+    enc = read_tokenizer(data_dir) if manifests[0].tokenizer else tokenizer()
     first_shards = [manifest.shards[0] for manifest in manifests if manifest.shards]
     with closing(Progress("shard", total=len(shards))) as progress:
         for shard in shards:
             path = Path(data_dir, shard.name)
             try:
                 ids = open_shard(path)
-                found = asdict(Shard.measure(path, ids))
+                found = asdict(Shard.measure(path, ids, enc.eot_token))
                 wrong = [key for key, value in asdict(shard).items() if value != found[key]]
-                if ids.max() >= VOCAB_SIZE:
+                if ids.max() >= enc.n_vocab:
                     wrong.append("largest id")
-                if shard in first_shards and ids[0] != EOT:
+                if shard in first_shards and ids[0] != enc.eot_token:
                     wrong.append("first id")
                 faults += [f"{path}: wrong {key}" for key in wrong]
             except UserError as error:
@@ -905,9 +971,10 @@ def available_cores():
     return cores
 
 
-def tokenize(chunk):
+def tokenize(chunk, folder=None):
     """The token ids of a chunk, (n,) uint16; a Counter of its skipped texts by reason; and the
-    chunk's place, (file, number)."""
+    chunk's place, (file, number). folder: where the tokenizer lies; None: GPT-2's."""
+    enc = read_tokenizer_once(folder) if folder else tokenizer()
     if next(chunk_count) % 64 == 0:
         fast_encoder.cache_clear()  # gigatoken's memory of words would grow without bound
     # The first text of a later chunk of a txt file belongs to the last document before it. (CUT
@@ -918,30 +985,39 @@ def tokenize(chunk):
     pieces = [np.empty(0, np.uint16)]
     with reading(chunk.path):
         for text in chunk.load():
-            if isinstance(text, bytes):
-                text = text.decode("utf-8-sig", "surrogatepass")
-            if not isinstance(text, str) or text == "":
+            text = to_text(text)
+            if not text:
                 skipped["empty" if text == "" else "no string"] += 1
                 continue
             sample = sample or text[:100_000]
             if not continues:
-                pieces.append([EOT])
-            pieces.append(token_ids(text))
+                pieces.append([enc.eot_token])
+            pieces.append(token_ids(text, enc))
             continues = False
     # gigatoken is young, so the first text of each chunk is compared with what tiktoken makes of
     # it; not all of a long one, because a million spaces are more than tiktoken can encode.
-    if token_ids(sample).tolist() != tokenizer().encode_ordinary(sample):
+    if token_ids(sample, enc).tolist() != enc.encode_ordinary(sample):
         what = f"{chunk.path}: gigatoken and tiktoken differ on {sample[:40]!r}"
         raise UserError(f"{what}; pip uninstall gigatoken, and please report it")
     ids = np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
     return ids, skipped, (chunk.file, chunk.number)
 
 
-def tokenize_all(chunks, workers):
+def to_text(value):
+    """A value of a text column as a string, which may be empty. None if it is no text."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8-sig", "surrogatepass")
+    return value if isinstance(value, str) else None
+
+
+read_tokenizer_once = cache(read_tokenizer)  # in each process
+
+
+def tokenize_all(chunks, workers, folder=None):
     """Yields the results of tokenize for all chunks, in their order."""
     pool = start_pool(workers) if workers > 0 else None
     if pool is None:
-        yield from map(tokenize, chunks)
+        yield from (tokenize(chunk, folder) for chunk in chunks)
         return
     # The first Ctrl-C is only noted, and raised between chunks, because an exception within the
     # pool's code could leave a lock held for ever. The second one acts at once.
@@ -959,7 +1035,7 @@ def tokenize_all(chunks, workers):
             while True:
                 # Memory stays bounded: each worker has one chunk in work and one that waits.
                 for chunk in itertools.islice(chunks, 2 * workers + 1 - len(pending)):
-                    pending.append(pool.submit(tokenize, chunk))
+                    pending.append(pool.submit(tokenize, chunk, folder))
                 if not pending:
                     return
                 result = pending.popleft().result()
@@ -1020,6 +1096,7 @@ class Config:
     source: str = "HuggingFaceFW/fineweb-edu"  # on the hub; or a local file, folder or pattern
     name: str = "sample-10BT"  # of the hub data set: sample-10BT, sample-100BT, default, ...
     revision: str | None = None  # branch, tag or commit of the hub data set; the commit is recorded
+    tokenizer: str = "gpt2"  # or a tokenizer.json, or char: one id for each character of the text
     text_column: str = "text"  # column of a table, or key of JSON lines, that holds the text
     out: str = "edu_fineweb10B"  # folder for the shards
     shard_size: int = 100_000_000  # tokens in a shard
@@ -1034,6 +1111,7 @@ class Config:
         self.source = os.path.expanduser(self.source)
         self.out = os.path.expanduser(self.out)
         self.verify = self.verify and os.path.expanduser(self.verify)
+        self.tokenizer = os.path.expanduser(self.tokenizer)
 
 
 class ShardWriter:
@@ -1046,6 +1124,7 @@ class ShardWriter:
         self.to_skip = manifest.consumed[2]  # tokens that earlier shards hold already
         self.manifest = manifest
         self.out = out
+        self.eot = (read_tokenizer(out) if manifest.tokenizer else tokenizer()).eot_token
 
     def add(self, ids, skipped, position):
         """Take what `tokenize` made of the next chunk."""
@@ -1089,7 +1168,7 @@ class ShardWriter:
         else:
             header = np.array([*BIN_HEADER, len(ids), *[0] * 253], "<i4")
             write_atomically(self.out / name, lambda file: file.writelines([header, ids]))
-        self.manifest.shards.append(Shard.measure(self.out / name, ids))
+        self.manifest.shards.append(Shard.measure(self.out / name, ids, self.eot))
 
 
 def stat_files(paths):
@@ -1107,9 +1186,11 @@ def open_manifest(config):
     out = config.out
     name = "manifest.json" if config.world_size == 1 else f"manifest_{config.rank:05d}.json"
     manifests = read_manifests(out)
-    if not manifests and list_shards(out):
-        raise UserError(f"{out} has shards but no manifest; choose another --out, or delete it")
+    if not manifests and (list_shards(out) or hash_of_tokenizer(out)):
+        what = f"{out} has shards or a tokenizer.json, but no manifest"
+        raise UserError(f"{what}; choose another --out, or delete it")
     begun = next((manifest for manifest in manifests if manifest.name == name), None)
+    other = name_tokenizer(config)
     revision, paths = find_files(config, begun)
     names, times = (paths, []) if revision else stat_files(paths)
     new = Manifest(
@@ -1120,7 +1201,8 @@ def open_manifest(config):
         shard_size=config.shard_size,
         format=config.format,
         world_size=config.world_size,
-        encoder_json=VOCABULARY["encoder.json"],
+        encoder_json=None if other else VOCABULARY["encoder.json"],
+        tokenizer=other,
         rank=config.rank,
         files=names,
         times=times,
@@ -1157,12 +1239,14 @@ def build(config):
     if manifest.complete:
         say(f"{out} is complete: nothing to do")
         return manifest
+    if manifest.tokenizer:
+        manifest.tokenizer_json = write_tokenizer(config, manifest, paths)
     writer = ShardWriter(manifest, out)
     manifest.save(out)
     tokens_before = sum(shard.tokens for shard in manifest.shards)
     began = time.perf_counter()
     chunks = list_chunks(paths, config.text_column, manifest.consumed)
-    results = tokenize_all(chunks, config.workers)
+    results = tokenize_all(chunks, config.workers, out if manifest.tokenizer else None)
     with closing(Progress("tok", tokens_before)) as progress, closing(results):
         for ids, skipped, position in results:
             writer.add(ids, skipped, position)
@@ -1194,6 +1278,7 @@ def report(manifest, out, tokens_before, seconds):
     documents = sum(shard.documents for shard in manifest.shards)
     skipped = Counter(manifest.skipped)
     encoder = "gigatoken" if find_spec("gigatoken") else "tiktoken, as gigatoken is missing"
+    encoder = "the library tokenizers" if manifest.tokenizer else encoder
     say(
         f"{out}: {len(manifest.shards)} shards, {tokens:,} tokens, {documents:,} documents "
         f"(skipped {skipped['empty']} empty, {skipped['no string']} without text), "

@@ -970,13 +970,14 @@ def save_hugging_face(model, directory):
     """Write config.json, model.safetensors without the padding of the vocabulary, and the files of
     the tokenizer, so that transformers opens the directory as it is."""
     from safetensors.torch import save_file
-    from transformers import GPT2Config  # takes half a second, so it is imported where it is used
+    from transformers import GenerationConfig, GPT2Config  # half a second, so not at the top
 
     c = model.config
     directory = Path(directory)
     vocab_size = real_vocab_size(model)
     enc = getattr(model, "tokenizer", None) or fineweb.tokenizer_of(model)
     end_of_text = enc.eot_token if enc else None
+    ids = {name: end_of_text for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = GPT2Config(
         n_layer=c.n_layer,
         n_head=c.n_head,
@@ -987,17 +988,17 @@ def save_hugging_face(model, directory):
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=end_of_text,
         architectures=["GPT2LMHeadModel"],
         dtype="float32",
+        **ids,
     )
     state = {name: transpose_conv1d(name, t.cpu()) for name, t in model.state_dict().items()}
     del state["lm_head.weight"]  # tied to wte
     state["transformer.wte.weight"] = model.transformer.wte.weight[:vocab_size]
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
+    # Without a max_length, transformers' pipeline asks for 256 new tokens, whatever the context.
+    GenerationConfig(max_length=c.block_size, **ids).save_pretrained(directory)
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     with never_fatal("the permissions of model.safetensors"):  # save_file lets only us read it
         shutil.copymode(directory / "config.json", directory / "model.safetensors")
@@ -1006,6 +1007,49 @@ def save_hugging_face(model, directory):
 
 
 GPT.save_pretrained = save_hugging_face  # the name that models of transformers have, too
+
+
+def model_card(args, model, commit, step, records):
+    """The README.md of a checkpoint, in the form of the Hugging Face hub's model cards: how it was
+    trained, and its last evaluations. records: those of log.txt."""
+    manifests = fineweb.read_manifests(args.data_dir)
+    source = manifests[0].source if manifests and manifests[0].revision else []  # on the hub
+    header = ["license: mit", "language: en", "library_name: transformers"]
+    header += ["pipeline_tag: text-generation"]
+    header += [f"datasets: [{source[0]}]"] if source else []
+    if args.init_from.removeprefix("openai-community/") in hellaswag.OPENAI:
+        header += [f"base_model: openai-community/{Path(args.init_from).name}"]
+    n_tokens = tokens_before(step, args)
+    rows = {
+        "command": f"`{training_command(args)}` (commit {commit or 'unknown'})",
+        "data": ", ".join(source) or Path(args.data_dir).name,
+        "training": f"{step:,} of {args.max_steps:,} steps, {n_tokens:,} tokens",
+        "context": f"{model.config.block_size} tokens, trained on {args.seq_len}",
+    }
+    for stream, name in (("val", "validation loss"), ("hella", "HellaSwag, acc_norm")):
+        for record_step, record_stream, value in records:
+            if record_stream == stream and record_step <= step:  # the last one remains
+                rows[name] = f"{float(value):.4f} after {record_step:,} steps"
+    padding = (model.config.vocab_size - real_vocab_size(model)) * model.config.n_embd
+    title = f"# GPT-2 with {model.num_params() - padding:,} parameters"
+    lines = ["---", *header, "---", "", title, ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+    return "\n".join(lines)
+
+
+def training_command(args):
+    """The command that trains with these settings, without the paths of this machine."""
+    words = ["python", "train_gpt2.py"]
+    for name, value in asdict(args).items():
+        if name in PATHS:
+            value = Path(value).name if name in ("data_dir", "init_from") else getattr(Args, name)
+        if value == getattr(Args, name) or name in ("resume", "device", "compile", "wandb"):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 # A run's output, signals, checkpoints and log -------------------------------------------------
@@ -1245,7 +1289,17 @@ class Run:
         write_checkpoint(path, self.model, state | self.facts)
         self.saved_step = step
         self.saved_at = time.monotonic()
+        self.write_model_card()
         print0(f"step {step}: saved {path}")
+
+    def write_model_card(self):
+        """Write the README.md of the newest checkpoint, again after evaluations of its step."""
+        path = Path(self.args.out_dir) / f"step_{self.saved_step:05d}"
+        if path.exists():
+            with never_fatal(f"{path}/README.md cannot be written"):
+                commit, records = self.facts["versions"]["commit"], read_log(self.log_file.path)
+                card = model_card(self.args, self.model, commit, self.saved_step, records)
+                (path / "README.md").write_text(card)
 
     @torch.no_grad()
     def check_weights(self, step):
@@ -1274,6 +1328,8 @@ class Run:
         """Add a record to the log for each stream=value."""
         if self.log_file:
             self.log_file.write(step, values)
+            if step == self.saved_step and not {"val", "hella"}.isdisjoint(values):
+                self.write_model_card()
 
     def log_step(self, step, loss, lr, norm, dt):
         """Log a training step and print its line. UserError after 20 skipped steps in a row."""
@@ -1570,7 +1626,7 @@ def find_oddities(args, model, loader, epochs, checkpoint):
         yield f"samples and HellaSwag are off: {fineweb.why_no_tokenizer(model)}"
     enc, shards_enc = fineweb.tokenizer_of(model), fineweb.read_tokenizer(args.data_dir)
     if enc and shards_enc and getattr(enc, "files", None) != getattr(shards_enc, "files", None):
-        yield "the shards have another tokenizer than the weights; samples are in that of the weights"
+        yield "the shards have another tokenizer than the weights, whose tokenizer samples use"
     if epochs > 50 and not args.overfit_one_batch:
         yield f"{epochs:.0f} epochs are many; --epochs 3 or --finetune trains for fewer"
     if args.warmup_steps > args.max_steps:
@@ -1605,7 +1661,7 @@ class Args(TrainConfig):
 PRESETS = {  # the flags that --demo, --finetune and --model stand for; other flags override them
     # a real tokenizer and a real loss curve, in two minutes on two laptop cores
     "demo": """--data_dir demo/data --out_dir demo/log --n_layer 4 --n_head 4 --n_embd 128
-        --block_size 128 --seq_len 128 --total_batch_size 1024 --micro_batch_size 8 --max_steps 450
+        --block_size 256 --seq_len 256 --total_batch_size 1024 --micro_batch_size 4 --max_steps 450
         --warmup_steps 20 --max_lr 2e-3 --min_lr 2e-4 --val_every 90 --val_tokens 13824
         --hellaswag_every 0 --sample_every 225 --save_every 225 --no-compile
         --prompt 'The for statement is used to'""",

@@ -81,7 +81,7 @@ def test_no_tokenizer_for_another_vocabulary(tmp_path):
         model = GPT(GPTConfig(block_size=8, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=4))
         save_hugging_face(model, tmp_path / str(vocab_size))
         names = {path.name for path in (tmp_path / str(vocab_size)).iterdir()}
-        assert names == {"config.json", "model.safetensors"}
+        assert names == {"config.json", "generation_config.json", "model.safetensors"}
 
 
 def test_lm_evaluation_harness_agrees(saved, tmp_path, monkeypatch):

@@ -7,12 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, STEPS, TINY, refused, run, run_here, write_shards
+from conftest import STEPS, TINY, refused, run, run_here, write_shards
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 import fineweb
 import hellaswag
+import train_gpt2
 from fineweb import EOT, VOCAB_SIZE, read_tokenizer, tokenizer, tokenizer_of
 from train_gpt2 import GPT, GPTConfig
 
@@ -247,3 +248,152 @@ def test_ids_above_gpt2s_are_sampled_where_the_tokenizer_has_them():
     ids = model.generate(torch.zeros(4, 1, dtype=torch.int64), 32, top_k=0)
     assert ids.max() >= VOCAB_SIZE
     np.testing.assert_array_less(ids, 50304)
+
+
+# -- shards of another tokenizer: fineweb.py --tokenizer
+
+
+def build(source, out, *flags):
+    """fineweb.py in this process. Returns its exit status."""
+    try:
+        fineweb.main(["--source", str(source), "--out", str(out), "--workers", "0", *flags])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def ids_of(folder):
+    paths = sorted(fineweb.list_shards(folder), key=lambda path: path.stem[-6:])
+    return np.concatenate([np.load(path) for path in paths]).tolist()
+
+
+DOCUMENTS = ["Hello, a language\n", "naïve 🙂 <|endoftext|>\n", "another"]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    return path
+
+
+def test_characters_have_ids_in_the_order_of_unicode(jsonl, tmp_path, capsys):
+    assert build(jsonl, tmp_path / "out", "--tokenizer", "char") == 0
+    characters = sorted(set("".join(DOCUMENTS)))
+    end = len(characters)
+    expected = []
+    for text in DOCUMENTS:
+        expected += [end, *map(characters.index, text)]
+    assert ids_of(tmp_path / "out") == expected
+    enc = read_tokenizer(tmp_path / "out")
+    assert enc.n_vocab == end + 1 and enc.eot_token == end
+    assert enc.decode(enc.encode_ordinary(DOCUMENTS[1])) == DOCUMENTS[1]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(DOCUMENTS[0])["input_ids"] == enc.encode_ordinary(DOCUMENTS[0])
+    assert theirs.eos_token_id == end
+    fineweb.verify(tmp_path / "out")
+    assert "3 documents" in capsys.readouterr().out
+
+
+def test_any_tokenizer_json_makes_shards(jsonl, tmp_path):
+    made = small_tokenizer(tmp_path / "given")
+    flags = ["--tokenizer", str(tmp_path / "given" / "tokenizer.json"), "--shard_size", "10"]
+    assert build(jsonl, tmp_path / "out", *flags) == 0
+    end = made.token_to_id("</s>")
+    expected = []
+    for text in DOCUMENTS:
+        expected += [end, *made.encode(text).ids]
+    assert ids_of(tmp_path / "out") == expected and len(expected) > 30
+    fineweb.verify(tmp_path / "out")
+    # The same command by worker processes makes the same bytes.
+    done = run("fineweb.py", "--source", jsonl, "--out", tmp_path / "two", "--workers", 1, *flags)
+    assert ids_of(tmp_path / "two") == expected, done.stderr
+
+
+def test_an_end_of_text_is_added_to_a_tokenizer_that_has_none(jsonl, tmp_path):
+    made = Tokenizer(models.WordLevel({"Hello": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "words.json"))
+    assert build(jsonl, tmp_path / "out", "--tokenizer", str(tmp_path / "words.json")) == 0
+    ids = ids_of(tmp_path / "out")
+    assert ids[:2] == [2, 0] and ids.count(2) == len(DOCUMENTS)
+    assert read_tokenizer(tmp_path / "out").eot_token == 2
+
+
+def test_a_build_with_another_tokenizer_is_stopped_and_continued(jsonl, tmp_path, monkeypatch):
+    flags = ["--tokenizer", "char", "--shard_size", "20"]
+    assert build(jsonl, tmp_path / "whole", *flags) == 0
+    written = []
+    original = fineweb.ShardWriter.write
+
+    def write(self, ids):
+        original(self, ids)
+        written.append(ids)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb.ShardWriter, "write", write)
+        assert build(jsonl, tmp_path / "out", *flags) == 130
+    (tmp_path / "out" / "tokenizer.json").unlink()  # it is written again
+    assert build(jsonl, tmp_path / "out", *flags) == 0
+    assert ids_of(tmp_path / "out") == ids_of(tmp_path / "whole")
+
+
+def test_shards_and_their_tokenizer_must_fit(jsonl, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert build(jsonl, out, "--tokenizer", "char") == 0
+    small_tokenizer(tmp_path / "given")
+    other = str(tmp_path / "given" / "tokenizer.json")
+    for flags in ((), ("--tokenizer", other)):
+        assert build(jsonl, out, *flags) == 2
+        assert "was begun with" in capsys.readouterr().err
+    assert build(jsonl, tmp_path / "new", "--tokenizer", "nowhere.json") == 2
+    assert "--tokenizer nowhere.json cannot be read" in capsys.readouterr().err
+    (tmp_path / "wrong.json").write_text("{}")
+    assert build(jsonl, tmp_path / "new", "--tokenizer", str(tmp_path / "wrong.json")) == 2
+    assert "cannot be used" in capsys.readouterr().err
+    flags = ["--tokenizer", "char", "--rank", "0", "--world_size", "2"]
+    assert build(jsonl, tmp_path / "new", *flags) == 2
+    assert "reads all of the text" in capsys.readouterr().err
+    shutil.copy(other, out / "tokenizer.json")
+    with pytest.raises(fineweb.UserError, match="its tokenizer.json is missing or another one"):
+        fineweb.open_tokens(out, "train")
+    for path in [*fineweb.list_shards(out), out / "manifest.json"]:
+        path.unlink()
+    assert build(jsonl, out) == 2  # the file that was left would be taken for that of the shards
+    assert "a tokenizer.json, but no manifest" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_more_than_16_bits_is_refused(jsonl, tmp_path, capsys):
+    words = {str(i): i for i in range(2**16)}  # <|endoftext|> would be one too many
+    Tokenizer(models.WordLevel(words, unk_token="0")).save(str(tmp_path / "many.json"))
+    assert build(jsonl, tmp_path / "out", "--tokenizer", str(tmp_path / "many.json")) == 2
+    assert "65,536" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# -- what follows from the text
+
+
+@pytest.mark.parametrize(
+    "n_tokens, given, batch, seq_len",
+    (
+        (304_222, [], 32768, 1024),  # Shakespeare: nanoGPT's batch, 9.3 steps per epoch
+        (7_939, [], 512, 512),
+        (100, [], 16, 16),
+        (7_939, ["--total_batch_size", "2048"], 2048, 1024),
+        (7_939, ["--seq_len=256"], 32768, 256),
+    ),
+)
+def test_finetunes_batch_follows_from_the_text(tmp_path, n_tokens, given, batch, seq_len):
+    np.save(tmp_path / "x_train_1.npy", np.zeros(n_tokens, np.uint16))
+    args, _ = train_gpt2.parse(["--finetune", "--data_dir", str(tmp_path), *given])
+    assert (args.total_batch_size, args.seq_len) == (batch, seq_len)
+    assert args.max_steps == -(-2 * n_tokens // batch)  # two epochs
+
+
+def test_finetunes_batch_is_divided_among_processes(tmp_path, monkeypatch):
+    np.save(tmp_path / "x_train_1.npy", np.zeros(7_939, np.uint16))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    args, _ = train_gpt2.parse(["--finetune", "--data_dir", str(tmp_path)])
+    assert (args.total_batch_size, args.seq_len) == (512, 128)
