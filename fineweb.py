@@ -27,6 +27,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -258,27 +259,68 @@ def token_ids(text, enc=None):
         raise UserError(f"{what}; pip install gigatoken") from error
 
 
+@cache
+def gpt2_files(context):
+    """{name: bytes}: the files of GPT-2's tokenizer in all forms that other programs read."""
+    from transformers import GPT2Tokenizer
+
+    ids, merges = read_vocabulary()
+    pairs = [tuple(merge.split()) for merge in merges]
+    whole = json.loads(GPT2Tokenizer(ids, pairs).backend_tokenizer.to_str())
+    # tokenizers before 0.20 read a merge only as one string, "t h", and not as a pair of strings.
+    whole["model"]["merges"] = merges
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context}
+    settings |= {"add_prefix_space": False, "clean_up_tokenization_spaces": False}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        settings[name] = "<|endoftext|>"
+    files = {"tokenizer.json": whole, "tokenizer_config.json": settings, "vocab.json": ids}
+    files = {name: json.dumps(x, ensure_ascii=False).encode() for name, x in files.items()}
+    files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""]).encode()
+    return files
+
+
+# Other tokenizers: a model, and shards, know theirs --------------------------------------------
+#
+# The ids of a model mean nothing without its tokenizer. So its files lie beside the weights or the
+# shards, and train_gpt2.py copies them into each checkpoint. Without files it is GPT-2's, if the
+# number of ids allows that.
+
+# Files that hold a vocabulary. Of these, tokenizer.json is read, or vocab.json with merges.txt.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
+TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("tokenizer_config.json", "chat_template.jinja")
+END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+
+
 class OtherTokenizer:
     """A tokenizer that is not GPT-2's, read from its files, with what the scripts use of tiktoken's
-    Encoding. Every id is less than n_vocab. eot_token precedes each document."""
+    Encoding. Every id is less than n_vocab, which is infinite if the files are of a form that is
+    not read. eot_token: what precedes each document, or None."""
 
     def __init__(self, files):
-        from tokenizers import Tokenizer
-
         self.files = files  # {name: bytes}; checkpoints receive them as they are
-        text = files.get("tokenizer.json")
-        if text is None:  # the older form of the same
+        self.n_vocab = math.inf
+        if "tokenizer.json" in files:
+            self.open(files["tokenizer.json"])
+        elif "vocab.json" in files and "merges.txt" in files:  # the older form of the same
             ids = json.loads(files["vocab.json"]) | json.loads(files.get("added_tokens.json", "{}"))
             lines = files["merges.txt"].decode().splitlines()
-            text = tokenizer_json(ids, [line for line in lines if line.count(" ") == 1])
-        self.hf = Tokenizer.from_buffer(text if isinstance(text, bytes) else text.encode())
+            merges = [line for line in lines if line.count(" ") == 1]
+            self.open(tokenizer_json(ids, merges).encode())
+
+    def open(self, json_bytes):
+        from tokenizers import Tokenizer
+
+        self.hf = Tokenizer.from_buffer(json_bytes)
         self.hf.no_truncation()
         self.hf.no_padding()
         self.hf.encode_special_tokens = True  # special tokens in a text are ordinary text
         self.vocabulary = self.hf.get_vocab()
         self.n_vocab = 1 + max(self.vocabulary.values())
-        names = [name for name in END_OF_TEXT if name in self.vocabulary]
-        self.eot_token = self.vocabulary[names[0]] if names else 0
+        end = json.loads(self.files.get("tokenizer_config.json", "{}")).get("eos_token")
+        end = end["content"] if isinstance(end, dict) else end
+        known = [name for name in (end, *END_OF_TEXT) if name in self.vocabulary]
+        self.eot_token = self.vocabulary[known[0]] if known else None
 
     def encode_ordinary(self, text):
         return self.hf.encode(text, add_special_tokens=False).ids
@@ -288,20 +330,16 @@ class OtherTokenizer:
         return text.replace("\ufffd", "") if errors == "ignore" else text
 
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
-TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
-
-
 def read_tokenizer(folder):
     """The tokenizer whose files lie in a folder of weights or of shards. If there are no files, it
     is GPT-2's if the manifest of the shards says so, else None."""
     paths = [Path(folder, name) for name in TOKENIZER_FILES]
     with as_user_error(f"the tokenizer in {folder} cannot be read", "mend or remove its files"):
         files = {path.name: path.read_bytes() for path in paths if path.is_file()}
-        if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys():
+        if not files.keys().isdisjoint(VOCABULARIES):
             found = OtherTokenizer(files)
-            return tokenizer() if found.vocabulary == read_vocabulary()[0] else found
+            is_gpt2s = found.n_vocab == VOCAB_SIZE and found.vocabulary == read_vocabulary()[0]
+            return tokenizer() if is_gpt2s else found
     ours = [m.encoder_json == VOCABULARY["encoder.json"] for m in read_manifests(folder)]
     return tokenizer() if any(ours) else None
 
@@ -321,7 +359,9 @@ def why_no_tokenizer(model):
     """The cause when tokenizer_of gives None, and a remedy."""
     rows = model.config.vocab_size
     found = getattr(model, "tokenizer", None)
-    cause = f"its tokenizer has {found.n_vocab} tokens" if found else "there is no tokenizer.json"
+    cause = "there is no tokenizer.json"
+    if found and found.n_vocab < math.inf:
+        cause = f"its tokenizer has {found.n_vocab} tokens"
     remedy = "put the right tokenizer.json beside the weights or the shards"
     return f"{cause}, and the model has {rows} rows; {remedy}"
 
@@ -337,27 +377,6 @@ def save_tokenizer(directory, enc, context):
     files = enc.files if isinstance(enc, OtherTokenizer) else gpt2_files(context)
     for name, content in files.items():
         Path(directory, name).write_bytes(content)
-
-
-@cache
-def gpt2_files(context):
-    """{name: bytes}: the files of GPT-2's tokenizer in all forms that other programs read."""
-    from transformers import GPT2Tokenizer
-
-    ids, merges = read_vocabulary()
-    settings = {"model_max_length": context, "clean_up_tokenization_spaces": False}
-    pairs = [tuple(merge.split()) for merge in merges]
-    with tempfile.TemporaryDirectory() as folder:
-        GPT2Tokenizer(ids, pairs, pad_token="<|endoftext|>", **settings).save_pretrained(folder)
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    # tokenizers before 0.20 read a merge only as one string, "t h", and not as a pair of strings.
-    whole = json.loads(files["tokenizer.json"])
-    whole["model"]["merges"] = merges
-    files["tokenizer.json"] = json.dumps(whole, ensure_ascii=False).encode()
-    # GPT2Tokenizer of transformers 4 reads these two.
-    files["vocab.json"] = json.dumps(ids, ensure_ascii=False).encode()
-    files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""]).encode()
-    return files
 
 
 def name_tokenizer(config):
@@ -382,16 +401,14 @@ def write_tokenizer(config, manifest, paths):
             whole = json.loads(Path(config.tokenizer).read_bytes())
         with as_user_error(f"--tokenizer {config.tokenizer} cannot be used", "give another file"):
             enc = OtherTokenizer({"tokenizer.json": json.dumps(whole).encode()})
-            names = [name for name in END_OF_TEXT if name in enc.vocabulary]
-            if not names:  # documents need something before them
-                names = [END_OF_TEXT[0]]
-                enc.hf.add_special_tokens(names)
-            if enc.hf.get_vocab_size() > 2**16 or max(enc.hf.get_vocab().values()) >= 2**16:
-                raise ValueError(
-                    f"it has {enc.hf.get_vocab_size()} tokens, and uint16 holds 65,536"
-                )
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[0]}
-        settings |= {"bos_token": names[0], "clean_up_tokenization_spaces": False}
+            if enc.eot_token is None:  # documents need something before them
+                enc.hf.add_special_tokens([END_OF_TEXT[0]])
+                enc = OtherTokenizer({"tokenizer.json": enc.hf.to_str().encode()})
+            if enc.n_vocab > 2**16:
+                raise ValueError(f"it has {enc.n_vocab:,} ids, and shards hold at most 65,536")
+        end = enc.hf.id_to_token(enc.eot_token)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end}
+        settings |= {"eos_token": end, "clean_up_tokenization_spaces": False}
         texts = {"tokenizer.json": enc.hf.to_str(), "tokenizer_config.json": json.dumps(settings)}
         for name, text in texts.items():
             write_atomically(out / name, lambda file, text=text: file.write(text.encode()))
@@ -405,6 +422,8 @@ def character_tokenizer(config, paths):
         with reading(chunk.path):
             for text in map(to_text, chunk.load()):
                 characters |= set(text or "")
+    # token_ids replaces half of a surrogate pair.
+    characters = {"\ufffd" if "\ud800" <= c <= "\udfff" else c for c in characters}
     ids = {character: id for id, character in enumerate(sorted(characters))}
     end = {"id": len(ids), "content": END_OF_TEXT[0], "special": True, "normalized": False}
     end |= {"single_word": False, "lstrip": False, "rstrip": False}
@@ -996,7 +1015,7 @@ def tokenize(chunk, folder=None):
             continues = False
     # gigatoken is young, so the first text of each chunk is compared with what tiktoken makes of
     # it; not all of a long one, because a million spaces are more than tiktoken can encode.
-    if token_ids(sample, enc).tolist() != enc.encode_ordinary(sample):
+    if folder is None and token_ids(sample).tolist() != enc.encode_ordinary(sample):
         what = f"{chunk.path}: gigatoken and tiktoken differ on {sample[:40]!r}"
         raise UserError(f"{what}; pip uninstall gigatoken, and please report it")
     ids = np.concatenate(pieces, dtype=np.uint16, casting="unsafe")
@@ -1112,6 +1131,8 @@ class Config:
         self.out = os.path.expanduser(self.out)
         self.verify = self.verify and os.path.expanduser(self.verify)
         self.tokenizer = os.path.expanduser(self.tokenizer)
+        if os.path.isdir(self.tokenizer):
+            self.tokenizer = os.path.join(self.tokenizer, "tokenizer.json")
 
 
 class ShardWriter:

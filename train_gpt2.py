@@ -287,7 +287,7 @@ def print_samples(model, args, autocast, n_samples=4, seed=42):
     enc = fineweb.tokenizer_of(model)  # GPT-2's, unless another lies with the weights or the shards
     if enc is None:
         return  # the shards hold ids of an unknown tokenizer
-    prompt = enc.encode_ordinary(args.prompt) or [enc.eot_token]
+    prompt = enc.encode_ordinary(args.prompt) or [enc.eot_token or 0]
     idx = torch.tensor([prompt] * n_samples, device=model.lm_head.weight.device)  # (B, T)
     with autocast:
         options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=seed)
@@ -975,7 +975,7 @@ def save_hugging_face(model, directory):
     c = model.config
     directory = Path(directory)
     vocab_size = real_vocab_size(model)
-    enc = getattr(model, "tokenizer", None) or fineweb.tokenizer_of(model)
+    enc = fineweb.tokenizer_of(model)
     end_of_text = enc.eot_token if enc else None
     ids = {name: end_of_text for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = GPT2Config(
@@ -1002,7 +1002,7 @@ def save_hugging_face(model, directory):
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     with never_fatal("the permissions of model.safetensors"):  # save_file lets only us read it
         shutil.copymode(directory / "config.json", directory / "model.safetensors")
-    if enc:
+    if enc := getattr(model, "tokenizer", None) or enc:  # also one that cannot be used here
         fineweb.save_tokenizer(directory, enc, c.block_size)
 
 
@@ -1690,7 +1690,6 @@ FIXED = NETWORK + (
     "overfit_one_batch",
 )
 PATHS = ("data_dir", "out_dir", "init_from", "hellaswag_data")
-BATCH = ("total_batch_size", "micro_batch_size", "seq_len")
 
 
 def parse(argv):
@@ -1699,7 +1698,8 @@ def parse(argv):
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("demo", "finetune", "resume"):
         early.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
-    for name in ("model", "device", "out_dir", "max_steps", "vocab_size") + BATCH:
+    names = ("model", "device", "out_dir", "max_steps", "vocab_size")
+    for name in (*names, "total_batch_size", "micro_batch_size", "seq_len"):
         early.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     early, _ = early.parse_known_args(argv)
     given = {"demo": early.demo, "finetune": early.finetune, early.model: True}
@@ -1735,11 +1735,12 @@ def follow_text(args, given):
     if enc and args.init_from == "scratch" and given.vocab_size is None:
         V = PADDED_VOCAB_SIZE if enc is fineweb.tokenizer() else enc.n_vocab
         args = replace(args, vocab_size=V)
-    if args.finetune and all(getattr(given, name) is None for name in BATCH):
+    if args.finetune and given.total_batch_size is None and given.micro_batch_size is None:
+        processes = environment_number("WORLD_SIZE", 1)
         n_tokens = len(fineweb.open_tokens(args.data_dir, "train"))
         batch = min(args.total_batch_size, 2 ** max(4, (n_tokens // 9).bit_length() - 1))
-        T = min(args.seq_len, max(1, batch // environment_number("WORLD_SIZE", 1)))
-        args = replace(args, total_batch_size=batch, seq_len=T)
+        T = int(given.seq_len or min(args.seq_len, max(1, batch // processes)))
+        args = replace(args, total_batch_size=max(batch, T * processes), seq_len=T)
     return args
 
 

@@ -50,6 +50,26 @@ def tiny():
     return GPT(GPTConfig(block_size=32, vocab_size=50304, n_layer=3, n_head=2, n_embd=32))
 
 
+PROMPTS = ["Hello, I'm a language model,", "Once", "def f(x):\n    return", "In 2026 the café 🚀"]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """(model, directory) of a random GPT-2 whose most likely continuations vary. A model that
+    repeats its last token would hide a wrong position or a wrong mask."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=4, n_head=4, n_embd=128))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                p.mul_(4 if "wte" in name else 8)
+            else:
+                p.normal_(0.0 if name.endswith("bias") else 1.0, 0.3)
+    directory = tmp_path_factory.mktemp("saved") / "step_00001"
+    model.save_pretrained(directory)
+    return model, directory
+
+
 def command(script, *args, processes=1):
     """The command line that runs a script, under torchrun if processes > 1."""
     launch = [sys.executable]

@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import os
+import re
+import shlex
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -12,10 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import FAULTS, log_of, refused, run_here, train, write_shards
+import yaml
+from conftest import FAULTS, PROMPTS, log_of, refused, run_here, train, write_shards
+from tokenizers import ByteLevelBPETokenizer
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 from transformers import AutoTokenizer, TopPLogitsWarper, pipeline
 
+import fineweb
 import hellaswag
 import train_gpt2
 from fineweb import tokenizer
@@ -25,22 +30,12 @@ from train_gpt2 import (
     GPTConfig,
     find_checkpoints,
     parse,
+    read_checkpoint,
     save_hugging_face,
+    saved_args,
 )
 
 # -- other tools open a checkpoint as it is
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """(model, directory) of a random GPT-2 whose most likely tokens are far from a tie."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=128, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
-    with torch.no_grad():
-        model.transformer.wte.weight *= 20
-    directory = tmp_path_factory.mktemp("saved") / "step_00001"
-    save_hugging_face(model, directory)
-    return model, directory
 
 
 @FAULTS
@@ -62,18 +57,74 @@ def test_auto_tokenizer_equals_tiktoken_on_a_corpus(saved):
 
 
 def test_a_pipeline_generates_what_generate_does(saved):
-    """The most likely tokens: of one prompt, and of a batch with prompts of different lengths."""
+    """The most likely tokens, of one prompt and of a batch with prompts of different lengths, which
+    are padded. They vary, so a wrong position or mask would change them."""
     model, directory = saved
-    prompts = ["Hello, I'm a language model,", "Once"]
     write = pipeline("text-generation", str(directory))
     options = dict(do_sample=False, max_new_tokens=12, return_tensors=True)
-    one = [write(prompt, **options)[0] for prompt in prompts]
-    two = [found[0] for found in write(prompts, batch_size=2, **options)]
-    for prompt, *found in zip(prompts, one, two):
+    one = [write(prompt, **options)[0] for prompt in PROMPTS]
+    batch = [found[0] for found in write(PROMPTS, batch_size=4, **options)]
+    rows = []
+    for prompt, *found in zip(PROMPTS, one, batch):
         ids = tokenizer().encode_ordinary(prompt)
         ours = model.generate(torch.tensor([ids]), 12, temperature=0)[0, len(ids) :].tolist()
+        rows.append(ours)
         for theirs in found:
             assert theirs["generated_token_ids"][-12:] == ours
+    assert len({token for row in rows for token in row}) > 10
+
+
+def test_a_pipeline_without_arguments_stays_within_the_context(saved):
+    """transformers asks for 256 new tokens where generation_config.json has no max_length."""
+    write = pipeline("text-generation", str(saved[1]))
+    assert write("Once")[0]["generated_text"].startswith("Once")
+    assert len(write("Once", return_tensors=True)[0]["generated_token_ids"]) <= 256
+
+
+def test_the_tokenizers_files_are_in_the_forms_of_older_readers_too(saved):
+    """tokenizers before 0.20 read a merge as "t h"; transformers 4 reads vocab.json, merges.txt."""
+    whole = json.loads((saved[1] / "tokenizer.json").read_text())
+    assert all(isinstance(merge, str) for merge in whole["model"]["merges"])
+    assert json.loads((saved[1] / "vocab.json").read_text()) == whole["model"]["vocab"]
+    merges = (saved[1] / "merges.txt").read_text().splitlines()
+    assert merges[0].startswith("#version") and merges[1:] == whole["model"]["merges"]
+    old = ByteLevelBPETokenizer(str(saved[1] / "vocab.json"), str(saved[1] / "merges.txt"))
+    text = "Hello, wörld 東京 🙂  x+=1;"
+    assert old.encode(text).ids == tokenizer().encode_ordinary(text)
+    settings = json.loads((saved[1] / "tokenizer_config.json").read_text())
+    assert settings["clean_up_tokenization_spaces"] is False
+
+
+def test_the_model_card_has_the_evaluations_of_its_step(base):
+    card = (base[1] / "step_00008" / "README.md").read_text()
+    header, text = card.removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(header) == dict(
+        license="mit", language="en", library_name="transformers", pipeline_tag="text-generation"
+    )
+    assert f"validation loss | {log_of(base[1])['val'][8]:.4f} after 8 steps" in text
+    assert "| 8 of 8 steps, 2,048 tokens |" in text
+    command = re.search("`(python train_gpt2.py .*)`", text)[1]
+    assert "--n_embd 32" in command and "out_dir" not in command and str(base[0].parent) not in card
+    again = parse([*shlex.split(command)[2:], "--device", "cpu", "--no-compile"])[0]
+    saved_settings = asdict(saved_args(read_checkpoint(base[1] / "step_00008")))
+    for name in ("out_dir", "data_dir", "compile"):
+        saved_settings.pop(name)
+    assert saved_settings.items() <= asdict(again).items()
+
+
+def test_the_model_card_names_the_data_set_and_openais_model(tmp_path):
+    fineweb.build_demo(tmp_path / "shards")
+    (manifest,) = fineweb.read_manifests(tmp_path / "shards")
+    manifest.source, manifest.revision = ["HuggingFaceFW/fineweb-edu", "sample-10BT"], "abc"
+    manifest.save(tmp_path / "shards")
+    model = GPT(GPTConfig(block_size=8, vocab_size=50304, n_layer=1, n_head=1, n_embd=4))
+    args = Args(init_from="gpt2", data_dir=str(tmp_path / "shards"))
+    card = train_gpt2.model_card(args, model, "v1", 3, [(1, "hella", "0.5"), (9, "hella", "0.9")])
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["datasets"] == ["HuggingFaceFW/fineweb-edu"]
+    assert header["base_model"] == "openai-community/gpt2"
+    assert "| HellaSwag, acc_norm | 0.5000 after 1 steps |" in card and "(commit v1)" in card
+    assert f"GPT-2 with {model.num_params() - 47 * 4:,} parameters" in card
 
 
 def test_no_tokenizer_for_another_vocabulary(tmp_path):
@@ -260,7 +311,7 @@ def test_a_fine_tune_ends(base, tmp_path, capsys):
     shards, out, _ = base
     given = ["--finetune", "--init_from", out / "step_00008", "--data_dir", shards]
     found = settings(*given)
-    assert (found["max_steps"], found["total_batch_size"]) == (1, 32768)
+    assert (found["max_steps"], found["total_batch_size"]) == (24, 512)
     assert found["hellaswag_every"] == 0
     flags = "--seq_len 32 --dtype float32 --device cpu --total_batch_size 1024".split()
     done = run_here(

@@ -223,6 +223,25 @@ def test_hellaswag_is_scored_in_the_models_own_tokens(tmp_path, style):
     assert record["losses"][1] == pytest.approx(loss.item() * len(item.endings[1]), rel=1e-4)
 
 
+def test_a_tokenizer_in_a_form_that_is_not_read_is_kept_and_not_replaced_by_gpt2s(tmp_path):
+    folder = weights(tmp_path / "other", files={"spiece.model": "…", "tokenizer_config.json": "{}"})
+    flags = [*TRAIN, "--data_dir", write_shards(tmp_path / "shards"), "--out_dir", tmp_path / "out"]
+    done = run_here(*flags, "--init_from", folder, "--max_steps", 2)
+    assert not samples(done) and "samples and HellaSwag are off" in done.stdout
+    saved = {path.name for path in (tmp_path / "out" / "step_00002").iterdir()}
+    assert "spiece.model" in saved and "tokenizer.json" not in saved
+    refused(run_here("--sample_only", "--init_from", folder, check=False), "no tokenizer.json")
+
+
+def test_the_end_of_text_is_what_the_tokenizers_settings_say(tmp_path):
+    small_tokenizer(tmp_path)
+    assert read_tokenizer(tmp_path).eot_token == 0  # </s>
+    for end in ("a", {"content": "a"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        enc = read_tokenizer(tmp_path)
+        assert enc.eot_token == enc.encode_ordinary("a")[0] != 0
+
+
 def test_hellaswag_refuses_a_model_without_a_tokenizer(tmp_path):
     weights(tmp_path / "model", rows=280)
     (tmp_path / "items.jsonl").write_text(json.dumps(ITEM) + "\n")
@@ -295,9 +314,15 @@ def test_characters_have_ids_in_the_order_of_unicode(jsonl, tmp_path, capsys):
     assert "3 documents" in capsys.readouterr().out
 
 
+def test_half_of_a_surrogate_pair_is_a_character_too(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "a\\ud800b"}\n')
+    assert build(tmp_path / "text.jsonl", tmp_path / "out", "--tokenizer", "char") == 0
+    assert ids_of(tmp_path / "out") == [3, 0, 2, 1]  # <|endoftext|>, a, U+FFFD, b
+
+
 def test_any_tokenizer_json_makes_shards(jsonl, tmp_path):
     made = small_tokenizer(tmp_path / "given")
-    flags = ["--tokenizer", str(tmp_path / "given" / "tokenizer.json"), "--shard_size", "10"]
+    flags = ["--tokenizer", str(tmp_path / "given"), "--shard_size", "10"]
     assert build(jsonl, tmp_path / "out", *flags) == 0
     end = made.token_to_id("</s>")
     expected = []
@@ -369,7 +394,7 @@ def test_a_tokenizer_of_more_than_16_bits_is_refused(jsonl, tmp_path, capsys):
     words = {str(i): i for i in range(2**16)}  # <|endoftext|> would be one too many
     Tokenizer(models.WordLevel(words, unk_token="0")).save(str(tmp_path / "many.json"))
     assert build(jsonl, tmp_path / "out", "--tokenizer", str(tmp_path / "many.json")) == 2
-    assert "65,536" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "it has 65,537 ids" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # -- what follows from the text
@@ -382,7 +407,8 @@ def test_a_tokenizer_of_more_than_16_bits_is_refused(jsonl, tmp_path, capsys):
         (7_939, [], 512, 512),
         (100, [], 16, 16),
         (7_939, ["--total_batch_size", "2048"], 2048, 1024),
-        (7_939, ["--seq_len=256"], 32768, 256),
+        (7_939, ["--seq_len=256"], 512, 256),
+        (7_939, ["--seq-len", "1024"], 1024, 1024),
     ),
 )
 def test_finetunes_batch_follows_from_the_text(tmp_path, n_tokens, given, batch, seq_len):
