@@ -293,8 +293,7 @@ def hidden_states(model, idx, positions, mask):
     are called one by one."""
     transformer = model.transformer
     if hasattr(model.config, "model_type"):  # transformers' GPT2LMHeadModel
-        if model.config._attn_implementation != "sdpa":  # the others misread such masks
-            raise ValueError("load the model with attn_implementation='sdpa'")
+        model.set_attn_implementation("sdpa")  # the others misread such masks
         return transformer(idx, position_ids=positions, attention_mask=mask)[0]
     x = transformer.wte(idx) + transformer.wpe(positions)  # (B, T, C)
     B, T, C = x.shape

@@ -1622,10 +1622,12 @@ def announce(args, model, loader, val_loader, checkpoint, facts):
 
 def find_oddities(args, model, loader, epochs, checkpoint):
     """Yield a warning for each setting that works but is probably not what the user wants."""
-    if not fineweb.tokenizer_of(model) and (args.sample_every or args.hellaswag_every):
+    if args.device == "auto" and loader.device.type == "cpu" and (why := why_no_cuda()):
+        yield f"{why}. Training on the CPU takes much longer"
+    enc, other = fineweb.tokenizer_of(model), fineweb.read_tokenizer(args.data_dir)
+    if enc is None and (args.sample_every or args.hellaswag_every):
         yield f"samples and HellaSwag are off: {fineweb.why_no_tokenizer(model)}"
-    enc, shards_enc = fineweb.tokenizer_of(model), fineweb.read_tokenizer(args.data_dir)
-    if enc and shards_enc and getattr(enc, "files", None) != getattr(shards_enc, "files", None):
+    if enc and other and getattr(enc, "vocabulary", 0) != getattr(other, "vocabulary", 0):
         yield "the shards have another tokenizer than the weights, whose tokenizer samples use"
     if epochs > 50 and not args.overfit_one_batch:
         yield f"{epochs:.0f} epochs are many; --epochs 3 or --finetune trains for fewer"
@@ -1924,7 +1926,8 @@ def check_device(name):
         "cpu": True,
     }
     if not exists.get(name, True):
-        raise UserError(f"--device {name}: this machine has none; --device auto uses what it has")
+        why = (name == "cuda" and why_no_cuda()) or "this machine has none"
+        raise UserError(f"--device {name}: {why}; --device auto uses what it has")
     processes = environment_number("LOCAL_RANK") + 1
     # Slurm may show each process only its own GPU; torchrun shows all GPUs to all processes.
     gpus = torch.cuda.device_count()
@@ -1932,6 +1935,34 @@ def check_device(name):
         if gpus > 1 or dist.is_torchelastic_launched():
             what = f"--nproc_per_node: this machine has {gpus} GPU(s)"
             raise UserError(f"{what}; start at most {gpus} processes on it")
+
+
+NVIDIA_FILES = ("/proc/driver/nvidia/version", "/dev/nvidia0")  # made by any version of the driver
+
+
+def why_no_cuda():
+    """Why PyTorch cannot use the NVIDIA GPU of this machine, and how to mend it. None if it can, if
+    there is no such GPU, or if CUDA_VISIBLE_DEVICES hides it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    present = shutil.which("nvidia-smi") or any(map(os.path.exists, NVIDIA_FILES))
+    if hidden or not present or torch.cuda.is_available():
+        return None
+    version, cuda = str(torch.__version__), torch.version.cuda
+    index = "--index-url https://download.pytorch.org/whl"
+    install = f"pip uninstall torch, then pip install torch=={version.split('+')[0]} {index}"
+    if not cuda:
+        what = f"this machine has an NVIDIA GPU, but PyTorch {version} is built without CUDA"
+        return f"{what}; {install}/cu130 (/cu126 if its driver is older than 580)"
+    try:
+        torch.cuda.init()
+        cause = "it does not say why"
+    except Exception as error:  # in torch's words, such as: the driver is too old
+        cause = innermost_cause(error).partition(" Please")[0].strip(".")
+    oldest = 525 if cuda.startswith("12.") else 580  # driver, from NVIDIA's compatibility table
+    remedy = f"CUDA {cuda} needs driver {oldest} or newer: update the driver"
+    if oldest > 525:
+        remedy += f", or {install}/cu126 (driver 525 or newer)"
+    return f"PyTorch cannot use the NVIDIA GPU of this machine: {cause}; {remedy}"
 
 
 def prepare_process():

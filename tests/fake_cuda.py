@@ -45,12 +45,12 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
             storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.known:
-                self.known.add(storage._cdata)
+            if storage is not None and id(storage) not in self.known:
+                self.known.add(id(storage))
                 self.add(storage.nbytes())
-                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self.gone, id(storage), storage.nbytes())
         return out
 
     def add(self, n):

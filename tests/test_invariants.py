@@ -48,7 +48,6 @@ from conftest import (
     wait_for,
     write_shards,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
@@ -349,31 +348,33 @@ def test_7_sampling_equals_the_plain_loop_and_draws_no_padding(
 def test_8_two_graphs_are_made_in_the_first_step_and_none_later(tmp_path, monkeypatch):
     """torch.compile's backend only counts here. The run evaluates four times, saves twice, and has
     two micro-steps per step; the last micro-batch of validation has fewer sequences."""
-    counter, made = CompileCounterWithBackend("eager"), []
+    graphs, made = [], []
     real_compile, real_step = torch.compile, train_gpt2.training_step
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
 
     def step(*args):
         result = real_step(*args)
-        made.append(counter.frame_count)
+        made.append(len(graphs))
         return result
 
     def compile(module, **flags):
-        return real_compile(module, backend=counter, fullgraph=True, **flags)
+        return real_compile(module, backend=backend, fullgraph=True, **flags)
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(train_gpt2, "training_step", step)
     monkeypatch.setattr(train_gpt2, "catch_stop_signals", lambda: None)
     monkeypatch.setattr(train_gpt2, "load_hellaswag", lambda *args: EXAMPLES)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     shape = dict(n_layer=2, n_head=2, n_embd=32, seq_len=32, block_size=64)
     often = dict(val_every=1, val_tokens=18 * 32, hellaswag_every=1, sample_every=1, save_every=2)
     rest = dict(total_batch_size=256, micro_batch_size=4, max_steps=3, warmup_steps=1)
     folders = dict(data_dir=str(write_shards(tmp_path / "shards")), out_dir=str(tmp_path / "out"))
     machine = dict(device="cpu", dtype="bfloat16", compile=True, sample_tokens=4)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        train_gpt2.train(Args(**shape, **often, **rest, **folders, **machine))
-    assert made == [2, 2, 2] and counter.frame_count == 2
-    assert not torch._dynamo.utils.counters["graph_break"]
+    train_gpt2.train(Args(**shape, **often, **rest, **folders, **machine))
+    assert made == [2, 2, 2] and len(graphs) == 2
     assert set(log_of(tmp_path / "out")["hella"]) == {0, 1, 2, 3}
 
 

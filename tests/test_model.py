@@ -250,7 +250,7 @@ def test_use_cpu_kernels_changes_no_result_under_torch_compile(one_process, wrap
     plain, *batch = medium_batch()
     loss, gradients = loss_and_gradients(plain, plain, torch.bfloat16, *batch)
     ours = replaced(plain, torch.bfloat16, compile=True)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(ours, dynamic=False)
     network = DDP(compiled) if wrapper == "ddp" else compiled
     found, new = loss_and_gradients(network, ours, torch.bfloat16, *batch)

@@ -52,11 +52,14 @@ def spied(monkeypatch):
 
     def step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
         groups = optimizer.param_groups
+        with autocast:
+            mixed = torch.is_autocast_enabled("cpu")
+            dtype = torch.get_autocast_dtype("cpu") if mixed else torch.float32
         seen.append(
             SimpleNamespace(
                 lr=[group["lr"] for group in groups],
                 weight_decay=[group["weight_decay"] for group in groups],
-                dtype=autocast.fast_dtype if autocast._enabled else torch.float32,
+                dtype=dtype,
                 scale=scaler.get_scale(),
                 grad_clip=grad_clip,
                 optimizer=optimizer,
@@ -775,6 +778,35 @@ def test_lines_have_at_most_100_columns():
             if len(line) > 100 or mark in line:
                 wrong.append(f"{path.name}:{number}")
     assert wrong == []
+
+
+PRIVATE = {  # tests/README.md says where and why
+    "_multiprocessing",
+    "os._exit",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._inductor.config",
+    "torch._inductor.config.decide_compile_threads",
+    "torch._inductor.exc",
+    "torch._subclasses.fake_tensor",
+    "torch.ops.aten._scaled_dot_product_flash_attention",
+    "torch.testing._internal.distributed.fake_pg",
+    "torch.utils._python_dispatch",
+}
+
+
+def test_no_other_private_name_of_a_library_is_used():
+    """Private names change without notice. This also searches strings, and the notebook's code."""
+    notebook = json.loads((ROOT / "play.ipynb").read_text())
+    texts = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    texts += [p.read_text() for folder in (".", "tests") for p in ROOT.glob(f"{folder}/*.py")]
+    text = "\n".join(texts + [(ROOT / "tests/on_gpu.sh").read_text()])
+    text = re.sub(r"^PRIVATE = \{.*?^\}", "", text, flags=re.M | re.S)  # the list itself
+    found = re.findall(r"[\w.]*[\w)\]]\._[a-zA-Z][\w.]*", text)
+    found += re.findall(r"\b(?:import|from) (_[a-zA-Z]\w*)", text)
+    assert set(found) == PRIVATE
+    readme = (ROOT / "tests/README.md").read_text()
+    assert [name for name in sorted(PRIVATE) if f"`{name}`" not in readme] == []
 
 
 def test_the_form_of_the_source_code():

@@ -5,6 +5,7 @@ the compiled graphs; test_cuda.py needs a GPU."""
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, log_of, write_shards
+from conftest import ROOT, log_of, train, write_shards
 
 import train_gpt2
 from fineweb import UserError
@@ -34,6 +35,7 @@ from train_gpt2 import (
     prefetch,
     prepare_process,
     use_cpu_kernels,
+    why_no_cuda,
 )
 
 # The CPU's kernels, torch.compile and DDP all compute the same -----------------------------------
@@ -46,16 +48,16 @@ def small_run(rank, world_size, folder, name, dtype, compiled, kernels):
         store = dict(init_method=f"file://{folder}/{name}.store", rank=rank, world_size=world_size)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         dist.init_process_group("gloo", **store)
-    graphs, made, gradients = [], [], {}
+    graphs, made, gradients = [], [], []
     real_compile, real_ddp, real_step = torch.compile, train_gpt2.DDP, train_gpt2.training_step
 
     class SmallBuckets(real_ddp):
         def __init__(self, model, **flags):
             super().__init__(model, bucket_cap_mb=1, **flags)
 
-    def backend(gm, inputs):
-        graphs.append(gm)
-        return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
 
     def compile(model, **flags):
         return real_compile(model, backend=backend, fullgraph=True, **flags)
@@ -65,16 +67,14 @@ def small_run(rank, world_size, folder, name, dtype, compiled, kernels):
         result = real_step(model, *args)
         made.append((before - sum(map(sum, made)), len(graphs) - before))
         if not gradients:
-            for key, p in model.named_parameters():
-                key = key.removeprefix("module.").removeprefix("_orig_mod.")
-                gradients[key] = p.grad.clone()
+            gradients.extend(p.grad.clone() for p in model.parameters())
         return result
 
     shape = dict(n_layer=4, n_head=2, n_embd=128, seq_len=32, block_size=32)
     batch = dict(total_batch_size=256, micro_batch_size=2, max_steps=3, warmup_steps=1)
     often = dict(val_every=1, val_tokens=224, hellaswag_every=0, sample_every=0, save_every=0)
     where = dict(device="cpu", data_dir=f"{folder}/shards", out_dir=f"{folder}/{name}")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", compile)
         patch.setattr(train_gpt2, "DDP", SmallBuckets)
@@ -112,10 +112,10 @@ def test_compiled_ddp_and_cpu_kernels_equal_the_plain_form(tmp_path, dtype, tole
         for stream in ("train", "val", "norm"):
             assert log[stream] == pytest.approx(plain[stream], rel=tolerance), (name, stream)
         found = torch.load(tmp_path / f"{name}.gradients")
-        assert found.keys() == gradients.keys()
-        for key, expected in gradients.items():
-            difference = (found[key] - expected).norm()
-            assert difference <= tolerance * expected.norm(), (name, key)
+        assert len(found) == len(gradients) == 4 * 12 + 4
+        for i, (gradient, expected) in enumerate(zip(found, gradients)):
+            difference = (gradient - expected).norm()
+            assert difference <= tolerance * expected.norm(), (name, i)
     made, other = (json.loads((tmp_path / f"ddp_True.graphs{i}").read_text()) for i in (0, 1))
     assert made == other and made[1:] == [[0, 0]] * 2
     validation, training = made[0]
@@ -489,6 +489,71 @@ def test_the_gpu_of_a_process(monkeypatch):
         check_device("cuda")
     compiled = {name: parse(["--device", name])[0].compile for name in ("auto", "cuda", "cpu")}
     assert compiled == {"auto": True, "cuda": True, "cpu": False}
+
+
+TOO_OLD = (  # torch's words
+    "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU "
+    "driver by downloading and installing a new version from the URL: http://www.nvidia.com/"
+)
+INSTALL = "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl"
+
+
+@pytest.mark.parametrize("sign", ["file", "program"])
+@pytest.mark.parametrize(
+    "version, cuda, error, words",
+    [
+        ("2.13.0+cpu", None, None, f"built without CUDA; .*{INSTALL}/cu130 .*older than 580"),
+        ("2.13.0+cu130", "13.0", TOO_OLD, f"12020.; CUDA 13.0 needs driver 580.*{INSTALL}/cu126"),
+        ("2.13.0+cu126", "12.6", TOO_OLD, "CUDA 12.6 needs driver 525 .*: update the driver$"),
+        ("2.13.0+cu130", "13.0", "No CUDA GPUs are available", "No CUDA GPUs are available; CUDA"),
+    ],
+)
+def test_why_a_gpu_cannot_be_used(monkeypatch, sign, version, cuda, error, words):
+    """The driver is too old, or this PyTorch was built without CUDA."""
+
+    def init():
+        raise RuntimeError(error)
+
+    def which(name):
+        return "/usr/bin/nvidia-smi" if name == "nvidia-smi" and sign == "program" else None
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(train_gpt2.shutil, "which", which)
+    monkeypatch.setattr(train_gpt2, "NVIDIA_FILES", (__file__,) if sign == "file" else ())
+    why = why_no_cuda()
+    assert re.search(words, why) and "http://" not in why and len(why) < 320
+    with pytest.raises(UserError, match=f"^--device cuda: {re.escape(why)}; --device auto"):
+        check_device("cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user hides it
+    assert why_no_cuda() is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert why_no_cuda() == why
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert why_no_cuda() is None
+
+
+@pytest.mark.parametrize("flag, expected", [("auto", 1), ("cpu", 0)])
+def test_a_gpu_that_cannot_be_used_is_named_before_training(
+    shards, tmp_path, monkeypatch, flag, expected
+):
+    """Only if the CPU was not asked for."""
+    monkeypatch.setattr(train_gpt2, "why_no_cuda", lambda: "the driver is too old")
+    done = train(shards, tmp_path / "out", "--device", flag, "--max_steps", 2)
+    before_training = done.stdout[: done.stdout.index("\nstep ")]
+    assert before_training.count("warning: the driver is too old") == expected
+
+
+def test_a_machine_without_a_gpu_gets_no_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train_gpt2.shutil, "which", lambda name: None)
+    monkeypatch.setattr(train_gpt2, "NVIDIA_FILES", ("/dev/there_is_no_such_file",))
+    assert why_no_cuda() is None
+    with pytest.raises(UserError, match="--device cuda: this machine has none"):
+        check_device("cuda")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
