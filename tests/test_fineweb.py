@@ -1797,7 +1797,7 @@ def test_shards_without_a_manifest_are_read_but_not_verified(tmp_path):
     assert check_manifest(tmp_path) == []
     with pytest.raises(UserError, match="no manifest"):
         verify(tmp_path)
-    with pytest.raises(UserError, match="there are no val shards; python fineweb.py --source"):
+    with pytest.raises(UserError, match="there are no val shards; give another --data_dir, or"):
         list_shards(tmp_path, "val")
     with pytest.raises(UserError, match="nowhere: there are no train shards"):
         list_shards(tmp_path / "nowhere", "train")

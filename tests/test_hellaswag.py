@@ -838,8 +838,7 @@ def test_a_screen_that_fails_does_not_lose_the_file(saved, data, tmp_path, monke
     monkeypatch.setattr("sys.stderr", ClosedLater())
     scored(saved, data, "--device", "cpu", "--json", tmp_path / "one.json")
     monkeypatch.setattr("sys.stdout", Closed())
-    with pytest.raises(BrokenPipeError):
-        scored(saved, data, "--device", "cpu", "--json", tmp_path / "two.json")
+    scored(saved, data, "--device", "cpu", "--json", tmp_path / "two.json")
     assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text() != ""
 
 
