@@ -66,13 +66,13 @@ class UserError(Exception):
 @contextmanager
 def as_user_error(what, remedy):
     """Any error inside becomes a UserError: "what (cause); remedy". The cause is cut so that the
-    line stays near 200 characters."""
+    line, which begins with the name of the script, has about 200 characters at most."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        room = max(80, 195 - len(what) - len(remedy))
+        room = max(40, 180 - len(what) - len(remedy))
         raise UserError(f"{what} ({describe(error)[:room]}); {remedy}") from error
 
 

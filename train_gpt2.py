@@ -1394,8 +1394,10 @@ class Log:
 
 def parse_record(line):
     """(step, stream, value as text) of a line of log.txt, or None if the line is something else."""
-    words = line.split()
-    return (int(words[0]), *words[1:]) if len(words) == 3 and words[0].isdecimal() else None
+    with suppress(ValueError):  # a note is no number, or has more or fewer words
+        step, stream, value = line.split()
+        float(value)
+        return int(step), stream, value
 
 
 def read_log(path):

@@ -1392,6 +1392,23 @@ def test_a_progress_bar_that_raises_never_ends_the_build(source, tmp_path, monke
     verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize("broken", ["print", "read_manifests"])
+def test_a_summary_that_raises_never_ends_the_build(source, tmp_path, monkeypatch, broken, capsys):
+    real_finish = fineweb.ShardWriter.finish
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def finish(*args):
+        real_finish(*args)
+        monkeypatch.setattr(fineweb, broken, fail, raising=False)
+
+    monkeypatch.setattr(fineweb.ShardWriter, "finish", finish)
+    assert make(source, tmp_path / "out").complete
+    words = "warning: the summary cannot be shown: No space left on device; the work continues\n"
+    assert capsys.readouterr().out == ("" if broken == "print" else words)
+
+
 SEMLOCKS = {  # what a system without semaphores does
     "/dev/shm is read-only": "raise PermissionError(13, 'Permission denied')",
     "not implemented": "raise OSError(38, 'Function not implemented')",

@@ -854,6 +854,28 @@ def test_no_stderr_and_no_stdout(saved, data, tmp_path):
     assert (tmp_path / "a.json").read_text().count("\n") == 3
 
 
+def test_a_tilde_after_an_equals_sign_is_the_home_directory(saved, data, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for name, path in (("step", saved), ("data", data)):
+        (tmp_path / "home" / name).symlink_to(path)
+    flags = ["--model=~/step", "--data=~/data", "--json=~/x.json", "--limit=3", "--device=cpu"]
+    hellaswag.main(flags)
+    assert (tmp_path / "home/x.json").read_text().count("\n") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_stdout_is_no_traceback(saved, data, tmp_path):
+    args = ["--model", saved, "--data", data, "--limit", 3, "--device", "cpu"]
+    args += ["--json", tmp_path / "a.json"]
+    line = ["bash", "-c", 'exec "$@" >/dev/full', "-", *command("hellaswag.py", *args)]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (tmp_path / "a.json").read_text().count("\n") == 3
+
+
 def test_ctrl_c_exits_with_130(saved, data, monkeypatch):
     def interrupted(*args, **more):
         raise KeyboardInterrupt
