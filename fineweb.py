@@ -69,13 +69,13 @@ class UserError(Exception):
 @contextmanager
 def as_user_error(what, remedy):
     """Any error inside becomes a UserError: "what (cause); remedy". The cause is cut so that the
-    line stays near 200 characters."""
+    line, which begins with the name of the script, has about 200 characters at most."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        room = max(80, 195 - len(what) - len(remedy))
+        room = max(40, 180 - len(what) - len(remedy))
         raise UserError(f"{what} ({describe(error)[:room]}); {remedy}") from error
 
 
@@ -102,16 +102,26 @@ def describe(error):
     return f"{type(error).__name__}: {text}"
 
 
-def prepare_output():
-    """Let no output end a script. A stream that is closed, as by `2>&-`, goes nowhere, and so does,
-    at the end, one that cannot be written: Python would exit with status 120. Characters that a
-    terminal cannot show are replaced."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(stream, "reconfigure"):  # not in a notebook
-            stream.reconfigure(errors="replace")
+@contextmanager
+def never_fatal(what=None):
+    """For what only shows or describes the work, such as printing, progress bars and dashboards: an
+    error inside never ends the work. `what`: if given, a warning begins with it."""
+    try:
+        yield
+    except Exception as error:
+        if what:
+            say(f"warning: {what}: {describe(error)[:100]}; the work continues")
+
+
+def prepare_streams():
+    """Let no stream end a script. One that is closed, as by `2>&-`, is empty or goes nowhere, and
+    so does, at the end, one that cannot be written: Python would exit with status 120. Characters
+    that cannot be read or shown are replaced."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+        with never_fatal():  # the streams of a notebook have no such method
+            getattr(sys, name).reconfigure(errors="replace")
     atexit.register(discard_what_cannot_be_written)
 
 
@@ -125,37 +135,35 @@ def discard_what_cannot_be_written():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+@never_fatal()
 def say(text, stream="stdout"):
     """Print a line. If nobody can read it, as after `| head -1`, the work continues in silence."""
-    with suppress(OSError, ValueError):
-        print(text, file=getattr(sys, stream), flush=True)
+    print(text, file=getattr(sys, stream), flush=True)
 
 
 class Progress:
-    """A progress bar on stderr. An error in it never ends the work. `done`: what is done so far."""
+    """A progress bar on stderr. `done`: what is done so far."""
 
+    @never_fatal()
     def __init__(self, unit, done=0, total=None):
         self.done = done
-        self.bar = None
-        with suppress(Exception):
-            seconds = 0.5 if sys.stderr.isatty() else 60
-            self.bar = tqdm(
-                initial=done, total=total, unit=unit, unit_scale=True, mininterval=seconds
-            )
+        seconds = 0.5 if sys.stderr.isatty() else 60
+        options = {"unit": unit, "unit_scale": True, "mininterval": seconds}
+        self.bar = tqdm(initial=done, total=total, **options)
 
+    @never_fatal()
     def update(self, amount, fraction=None, **notes):
         """`fraction`: an estimate of how much of the work is done, between 0 and 1. `notes`: what
         the bar shows as well."""
         self.done += amount
-        with suppress(Exception):
-            if fraction:
-                self.bar.total = int(self.done / fraction)
-            self.bar.set_postfix(notes, refresh=False)
-            self.bar.update(amount)
+        if fraction:
+            self.bar.total = int(self.done / fraction)
+        self.bar.set_postfix(notes, refresh=False)
+        self.bar.update(amount)
 
+    @never_fatal()
     def close(self):
-        with suppress(Exception):
-            self.bar.close()
+        self.bar.close()
 
 
 def write_atomically(path, write):
@@ -464,7 +472,7 @@ def list_shards(data_dir, split=None):
             found.setdefault(path.resolve(strict=True), path)
     paths = [path for path in found.values() if split in (None, split_of(path.name))]
     if split and not paths:
-        remedy = f"python fineweb.py --source FILES --out {data_dir} makes some of your text"
+        remedy = f"give another --data_dir, or make them: python fineweb.py --out {data_dir}"
         raise UserError(f"{data_dir}: there are no {split} shards; {remedy}")
     for path, following in itertools.pairwise(paths):
         if path.stem == following.stem:
@@ -1110,6 +1118,13 @@ def on_interrupt(handler):
 # Building: ids -> shards ----------------------------------------------------------------------
 
 
+def expand_home(config):
+    """Expand ~ in settings. The shell does that in "--out ~/x", but not in "--out=~/x"."""
+    for name, value in vars(config).items():
+        if isinstance(value, (str, Path)):
+            object.__setattr__(config, name, type(value)(os.path.expanduser(value)))
+
+
 @dataclass
 class Config:
     source: str = "HuggingFaceFW/fineweb-edu"  # on the hub; or a local file, folder or pattern
@@ -1126,12 +1141,8 @@ class Config:
     verify: str | None = None  # check this folder, make nothing
 
     def __post_init__(self):
-        # The shell expands ~ in "--out ~/x", but not in "--out=~/x".
-        self.source = os.path.expanduser(self.source)
-        self.out = os.path.expanduser(self.out)
-        self.verify = self.verify and os.path.expanduser(self.verify)
-        self.tokenizer = os.path.expanduser(self.tokenizer)
-        if os.path.isdir(self.tokenizer):
+        expand_home(self)
+        if self.tokenizer not in ("gpt2", "char") and os.path.isdir(self.tokenizer):
             self.tokenizer = os.path.join(self.tokenizer, "tokenizer.json")
 
 
@@ -1283,6 +1294,7 @@ def build(config):
     return manifest
 
 
+@never_fatal("the summary cannot be shown")
 def report(manifest, out, tokens_before, seconds):
     """Print a summary, and a warning if more than a fifth of a complete data set is for validation,
     because --shard_size is large compared with the text."""
@@ -1375,7 +1387,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    prepare_output()
+    prepare_streams()
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         if config.verify:

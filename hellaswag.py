@@ -70,8 +70,8 @@ import torch.nn.functional as F
 import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fineweb import Progress, UserError, as_user_error, prepare_output, read_tokenizer
-from fineweb import token_ids, tokenizer_of, why_no_tokenizer
+from fineweb import Progress, UserError, as_user_error, expand_home, prepare_streams
+from fineweb import read_tokenizer, say, token_ids, tokenizer_of, why_no_tokenizer
 
 REPO = "Rowan/hellaswag"  # a dataset on huggingface.co
 REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # of REPO
@@ -139,7 +139,7 @@ def items_or_none(path, block_size, enc=None):
                 fit(item, block_size)  # raises UserError now rather than in an evaluation
             result = [items]
         except UserError as error:
-            print(f"warning: HellaSwag is off: {error}", flush=True)
+            say(f"warning: HellaSwag is off: {error}")
     if dist.is_initialized():
         dist.broadcast_object_list(result)
     return result[0]
@@ -560,6 +560,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the model's matrix products
 
+    __post_init__ = expand_home
+
 
 def run(config):
     """Score a model and print the result."""
@@ -584,20 +586,20 @@ def run(config):
             save_records(config.json, items, result.losses)
     finally:  # if the file cannot be written, the screen still shows the result
         if result.truncated:
-            print(f"{result.truncated} items were too long and lost the beginning of their context")
-        print(f"{config.model}, style {config.style}, {dtype} on {device}:\n{result}", flush=True)
+            say(f"{result.truncated} items were too long and lost the beginning of their context")
+        say(f"{config.model}, style {config.style}, {dtype} on {device}:\n{result}")
 
 
 def main(argv=None):
-    prepare_output()
+    prepare_streams()
     config = tyro.cli(Config, args=argv, description=__doc__)
     try:
         if config.compare:
-            print(compare(*config.compare))
+            say(compare(*config.compare))
         else:
             run(config)
     except UserError as error:
-        print(f"hellaswag.py: {error}", file=sys.stderr)
+        say(f"hellaswag.py: {error}", "stderr")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

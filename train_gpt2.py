@@ -700,7 +700,7 @@ import timeit
 import zipfile
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -708,7 +708,7 @@ from pathlib import Path
 import tyro
 from filelock import FileLock, Timeout
 
-from fineweb import VOCAB_SIZE, UserError, as_user_error  # UserError: printed without a traceback
+from fineweb import VOCAB_SIZE, UserError, as_user_error, never_fatal, say
 
 # The same network computed in other ways, and what suits this machine -------------------------
 
@@ -960,6 +960,8 @@ def load_hugging_face(name_or_dir):
     differences = {k: getattr(c, k) for k, value in expected.items() if getattr(c, k) != value}
     if not torch.equal(hf.lm_head.weight, hf.transformer.wte.weight):
         differences["tie_word_embeddings"] = False
+    if not all(p.isfinite().all() for p in hf.parameters()):
+        raise UserError(f"{name_or_dir}: its weights hold NaN or infinity; choose another model")
     if differences:
         what = f"{name_or_dir} is a variant of GPT-2 that is not supported: {differences}"
         raise UserError(f"{what}; choose another model")
@@ -1079,6 +1081,7 @@ def catch_stop_signals():
             signal.signal(number, record)
 
 
+@never_fatal()
 def print0(*args):
     """Print on rank 0 only. Failing to print never ends a run by itself. But a pipe or a terminal
     that has been closed stops it as a signal would: after the current step, with a checkpoint."""
@@ -1093,15 +1096,6 @@ def print0(*args):
         elif number == errno.EIO and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             stop_signals.append(signal.SIGHUP)
         fineweb.discard_what_cannot_be_written()
-
-
-@contextmanager
-def never_fatal(what):
-    """For what only decorates a run: if it raises, a warning is printed and the run continues."""
-    try:
-        yield
-    except Exception as error:
-        print0(f"warning: {what}: {innermost_cause(error)}; the run continues without it")
 
 
 def innermost_cause(error):
@@ -1314,10 +1308,8 @@ class Run:
         others = [other for _, other in find_checkpoints(self.args.out_dir) if other != path]
         keep = self.args.keep_checkpoints
         for old in others[:-keep]:  # of 0, none
-            try:
+            with never_fatal(f"{old} cannot be removed"):
                 shutil.rmtree(old)
-            except OSError as error:
-                print0(f"warning: {old} cannot be removed: {error.strerror}")
 
     def give_up(self, why):
         saved = find_checkpoints(self.args.out_dir)
@@ -1343,9 +1335,12 @@ class Run:
         if self.skipped:
             values["skip"] = self.skipped
         self.log(step, **values)
+        speed = ""
+        with never_fatal():
+            speed = self.progress.update(step, dt)
         print0(
             f"step {step:5d}/{self.args.max_steps} | loss {loss:.6f} | lr {lr:.4e} "
-            f"| norm {norm:.4f} | {dt * 1e3:.1f} ms | {self.progress.update(step, dt)}"
+            f"| norm {norm:.4f} | {dt * 1e3:.1f} ms | {speed}"
             + (" | step skipped: its gradient is not finite" if self.skipped else "")
         )
         if self.skipped == 20:
@@ -1356,6 +1351,15 @@ class Run:
         if self.log_file:
             self.log_file.close()
             self.lock.release()
+        self.print_summary()
+        if dist.is_initialized():
+            dist.barrier()  # torchrun ends all processes with the first; rank 0 may still be saving
+            dist.destroy_process_group()
+        # main() exits with the first of these; the signal may have reached another process
+        stop_signals[:] = (stop_signals or [signal.SIGTERM]) if self.stopping else []
+
+    @never_fatal("the summary cannot be shown")
+    def print_summary(self):
         if torch.cuda.is_initialized():
             peak = torch.cuda.max_memory_allocated() / 2**30
             print0(f"peak memory: {peak:.2f} GiB per device")
@@ -1363,11 +1367,6 @@ class Run:
         log_path = Path(self.args.out_dir) / "log.txt"
         print0(f"{'stopped' if self.stopping else 'done'} after {time_taken}; log: {log_path}")
         self.print_next_commands()
-        if dist.is_initialized():
-            dist.barrier()  # torchrun ends all processes with the first; rank 0 may still be saving
-            dist.destroy_process_group()
-        # main() exits with the first of these; the signal may have reached another process
-        stop_signals[:] = (stop_signals or [signal.SIGTERM]) if self.stopping else []
 
     def print_next_commands(self):
         out_dir = shlex.quote(self.args.out_dir)
@@ -1464,8 +1463,10 @@ class Log:
 
 def parse_record(line):
     """(step, stream, value as text) of a line of log.txt, or None if the line is something else."""
-    words = line.split()
-    return (int(words[0]), *words[1:]) if len(words) == 3 and words[0].isdecimal() else None
+    with suppress(ValueError):  # a note is no number, or has more or fewer words
+        step, stream, value = line.split()
+        float(value)
+        return int(step), stream, value
 
 
 def read_log(path):
@@ -1582,12 +1583,13 @@ class Progress:
             self.seconds_per_token = dt / tokens
         self.seconds_per_token = 0.9 * self.seconds_per_token + 0.1 * dt / tokens
         left = tokens_before(self.args.max_steps, self.args) - tokens_before(step + 1, self.args)
-        time_left = timedelta(seconds=int(left * self.seconds_per_token))
+        time_left = timedelta(seconds=int(min(left * self.seconds_per_token, 1e12)))
         mfu = self.flops * tokens / dt / self.peak
         mfu = f" | MFU {mfu:.1%}" if mfu else ""
         return f"{tokens / dt:,.0f} tokens/s{mfu} | left {time_left}"
 
 
+@never_fatal("the settings cannot be shown")
 def announce(args, model, loader, val_loader, checkpoint, facts):
     """Print what is about to be trained, and warnings about settings that are probably mistakes."""
     V, B, T, processes = model.config.vocab_size, loader.B, loader.T, loader.world_size
@@ -1866,6 +1868,9 @@ def check_folders(args):
     log = out_dir / "log.txt"
     if not args.resume and log.exists() and log.stat().st_size:
         raise UserError(f"{out_dir} holds a run; add --resume, or choose another --out_dir")
+    if args.resume and not Path(args.data_dir).is_dir():
+        what = f"--resume: the run's --data_dir, {args.data_dir}, is not here"
+        raise UserError(f"{what}; give --data_dir again, with the path that it has now")
     for split in ("train", "val") if args.val_every else ("train",):
         fineweb.list_shards(args.data_dir, split)  # UserError if there are none
         n = len(fineweb.open_tokens(args.data_dir, split))
@@ -1916,6 +1921,9 @@ def check_environment():
     wrong = [name for name in numbers if not os.environ[name].strip().isdecimal()]
     if wrong:
         raise UserError(f"{wrong[0]}={os.environ[wrong[0]]} is not a number; {remedy}")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= world_size:
+        raise UserError(f"RANK={rank} is not less than WORLD_SIZE={world_size}; {remedy}")
 
 
 def check_device(name):
@@ -1991,6 +1999,8 @@ def explain(error):
         return "out of memory; choose a smaller --micro_batch_size, which leaves the batch as it is"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile does not work here ({text}); add --no-compile"
+    if "probability tensor contains" in text:
+        return "the model's predictions are not finite; choose other weights, or another --dtype"
     if isinstance(error, dist.DistError):
         return f"the processes cannot reach each other ({text}); start all of them with torchrun"
     if isinstance(error, OSError) and error.filename:
@@ -1998,7 +2008,7 @@ def explain(error):
 
 
 def main(argv=None):
-    fineweb.prepare_output()
+    fineweb.prepare_streams()
     stop_signals.clear()
     argv = sys.argv[1:] if argv is None else argv
     old_launcher = ("--local-rank=", "--local_rank=")  # torch.distributed.launch adds this flag
@@ -2031,8 +2041,7 @@ def fail(sentence):
     while rank > 0 and not stop_signals and time.monotonic() < end:
         time.sleep(0.1)
     if rank == 0 or not stop_signals:
-        with suppress(OSError, ValueError):
-            print(f"train_gpt2.py: {sentence}", file=sys.stderr, flush=True)
+        say(f"train_gpt2.py: {sentence}", "stderr")
     sys.exit(2)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from fineweb import UserError
 from train_gpt2 import GPT, GPTConfig, main, read_log
 
 torch.set_num_threads(1)  # these models are too small to share between cores
@@ -25,6 +27,24 @@ TINY += "--dtype float32 --device cpu --no-compile".split()
 QUIET = "--hellaswag_every 0 --sample_every 0".split()
 STEPS = "--max_steps 8 --warmup_steps 2 --max_lr 1e-2 --min_lr 1e-3 --total_batch_size 256".split()
 STEPS += "--val_every 4 --val_tokens 500".split()
+
+
+@pytest.fixture(autouse=True)
+def sentences_are_short(monkeypatch):
+    """In each test, every UserError must be one line. With "train_gpt2.py: " before it, it may have
+    200 characters, not counting the folders of the tests. (--verify prints a line per fault.)"""
+    wrong = []
+
+    def init(error, sentence):
+        Exception.__init__(error, sentence)
+        of_verify = sys._getframe(1).f_code.co_name == "verify"
+        lines = sentence.split("\n") if of_verify else [sentence]
+        lines = [re.sub(r"[^\s(]*/pytest-of-[^\s:;,)]*/", "", line) for line in lines]
+        wrong.extend(x for x in lines if len("train_gpt2.py: " + x) > 200 or "\n" in x)
+
+    monkeypatch.setattr(UserError, "__init__", init, raising=False)
+    yield
+    assert wrong == []
 
 
 def write_shards(folder, train=(3000, 3000), val=1500, vocab=50257, seed=0):

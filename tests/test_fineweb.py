@@ -1393,6 +1393,23 @@ def test_a_progress_bar_that_raises_never_ends_the_build(source, tmp_path, monke
     verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize("broken", ["print", "read_manifests"])
+def test_a_summary_that_raises_never_ends_the_build(source, tmp_path, monkeypatch, broken, capsys):
+    real_finish = fineweb.ShardWriter.finish
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def finish(*args):
+        real_finish(*args)
+        monkeypatch.setattr(fineweb, broken, fail, raising=False)
+
+    monkeypatch.setattr(fineweb.ShardWriter, "finish", finish)
+    assert make(source, tmp_path / "out").complete
+    words = "warning: the summary cannot be shown: No space left on device; the work continues\n"
+    assert capsys.readouterr().out == ("" if broken == "print" else words)
+
+
 SEMLOCKS = {  # what a system without semaphores does
     "/dev/shm is read-only": "raise PermissionError(13, 'Permission denied')",
     "not implemented": "raise OSError(38, 'Function not implemented')",
@@ -1798,7 +1815,7 @@ def test_shards_without_a_manifest_are_read_but_not_verified(tmp_path):
     assert check_manifest(tmp_path) == []
     with pytest.raises(UserError, match="no manifest"):
         verify(tmp_path)
-    with pytest.raises(UserError, match="there are no val shards; python fineweb.py --source"):
+    with pytest.raises(UserError, match="there are no val shards; give another --data_dir, or"):
         list_shards(tmp_path, "val")
     with pytest.raises(UserError, match="nowhere: there are no train shards"):
         list_shards(tmp_path / "nowhere", "train")

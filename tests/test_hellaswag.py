@@ -837,8 +837,7 @@ def test_a_screen_that_fails_does_not_lose_the_file(saved, data, tmp_path, monke
     monkeypatch.setattr("sys.stderr", ClosedLater())
     scored(saved, data, "--device", "cpu", "--json", tmp_path / "one.json")
     monkeypatch.setattr("sys.stdout", Closed())
-    with pytest.raises(BrokenPipeError):
-        scored(saved, data, "--device", "cpu", "--json", tmp_path / "two.json")
+    scored(saved, data, "--device", "cpu", "--json", tmp_path / "two.json")
     assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text() != ""
 
 
@@ -851,6 +850,28 @@ def test_no_stderr_and_no_stdout(saved, data, tmp_path):
     closed[2] = 'exec "$@" >&- 2>&-'
     (tmp_path / "a.json").unlink()
     assert subprocess.run(closed, env=os.environ | ENVIRONMENT).returncode == 0
+    assert (tmp_path / "a.json").read_text().count("\n") == 3
+
+
+def test_a_tilde_after_an_equals_sign_is_the_home_directory(saved, data, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for name, path in (("step", saved), ("data", data)):
+        (tmp_path / "home" / name).symlink_to(path)
+    flags = ["--model=~/step", "--data=~/data", "--json=~/x.json", "--limit=3", "--device=cpu"]
+    hellaswag.main(flags)
+    assert (tmp_path / "home/x.json").read_text().count("\n") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_stdout_is_no_traceback(saved, data, tmp_path):
+    args = ["--model", saved, "--data", data, "--limit", 3, "--device", "cpu"]
+    args += ["--json", tmp_path / "a.json"]
+    line = ["bash", "-c", 'exec "$@" >/dev/full', "-", *command("hellaswag.py", *args)]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
     assert (tmp_path / "a.json").read_text().count("\n") == 3
 
 

@@ -126,10 +126,10 @@ def test_an_error_while_reading_reaches_the_training_loop():
 def test_unusable_shards_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     empty = Args(data_dir=str(tmp_path / "empty"), out_dir=str(tmp_path / "out"))
-    with pytest.raises(UserError, match="no train shards; python fineweb.py --source FILES --out"):
+    with pytest.raises(UserError, match="no train shards; give another --data_dir, or make them: python fineweb.py --out"):
         check_folders(empty)
     without_val = Args(data_dir=str(numbered(tmp_path / "t", 2000)), out_dir=str(tmp_path / "out"))
-    with pytest.raises(UserError, match="no val shards; python fineweb.py"):
+    with pytest.raises(UserError, match="no val shards; give another --data_dir"):
         check_folders(without_val)
     for n, sentence in ((8, "train shards hold 8 tokens, too few for --seq_len 8"), (9, None)):
         folders = dict(data_dir=str(numbered(tmp_path / str(n), n)), out_dir=str(tmp_path / "out"))

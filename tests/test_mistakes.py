@@ -99,11 +99,11 @@ def test_wrong_folders(base, tmp_path):
     before = (out / "log.txt").read_bytes()
     nowhere = tmp_path / "nowhere"
     alone = train(nowhere, tmp_path / "out", check=False, alone=True)
-    refused(alone, "nowhere: there are no train shards; python fineweb.py")
+    refused(alone, "nowhere: there are no train shards; give another --data_dir")
     done = train(nowhere, tmp_path / "out", "--epochs", 1, "--max_steps", 0, check=False)
-    refused(done, "nowhere: there are no train shards; python fineweb.py")
+    refused(done, "nowhere: there are no train shards; give another --data_dir")
     done = run_here("--finetune", "--data_dir", nowhere, "--out_dir", tmp_path / "o", check=False)
-    refused(done, "nowhere: there are no train shards; python fineweb.py")
+    refused(done, "nowhere: there are no train shards; give another --data_dir")
     refused(train(shards, out, check=False), "holds a run; add --resume")
     file = shards / "made_val_000000.npy"
     refused(train(shards, file, check=False), "made_val_000000.npy is a file")

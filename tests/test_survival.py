@@ -1,6 +1,7 @@
 """What a run survives: settings that change at a resume, outputs that close, parts that only
 decorate it, environments and folders of other people's machines."""
 
+import builtins
 import errno
 import io
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from conftest import (
     wait_for,
     write_shards,
 )
+from safetensors.torch import load_file, save_file
 from test_train import hellaswag_file
 
 import train_gpt2
@@ -554,11 +557,34 @@ def fail(*args, **options):
     raise PermissionError(errno.EPERM, "Operation not permitted")
 
 
+def break_print(monkeypatch, out):
+    monkeypatch.setattr(builtins, "print", fail)
+
+
+def break_settings(monkeypatch, out):
+    monkeypatch.setattr(train_gpt2, "find_oddities", fail)
+
+
+def break_speed(monkeypatch, out):
+    monkeypatch.setattr(train_gpt2.Progress, "update", fail)
+
+
+def break_summary(monkeypatch, out):
+    monkeypatch.setattr(train_gpt2.Run, "print_next_commands", fail)
+
+
+def break_watcher(monkeypatch, out):
+    monkeypatch.setattr(FailingWatcher, "log", fail)
+    monkeypatch.setitem(sys.modules, "wandb", FailingWatcher())
+
+
 def break_chmod(monkeypatch, out):
     monkeypatch.setattr(os, "chmod", fail)
+    monkeypatch.setattr(shutil, "copymode", fail)
 
 
 def break_git(monkeypatch, out):
+    monkeypatch.setattr(train_gpt2.shutil, "which", lambda name: name)
     monkeypatch.setattr(train_gpt2.subprocess, "run", fail)
 
 
@@ -579,15 +605,40 @@ def break_data_folder_later(monkeypatch, out):
     monkeypatch.setattr(train_gpt2.Run, "save", save)
 
 
-BREAK = [break_chmod, break_git, break_run_json, break_data_folder_later]
+BREAK = {  # what raises: how it is named in a warning
+    break_print: None,
+    break_settings: "the settings cannot be shown",
+    break_speed: None,
+    break_summary: "the summary cannot be shown",
+    break_watcher: "--wandb",
+    break_chmod: "the permissions of model.safetensors",
+    break_git: "git describe",
+    break_run_json: "run.json cannot be written",
+    break_data_folder_later: None,
+}
 
 
 @pytest.mark.parametrize("damage", BREAK)
 def test_what_only_decorates_a_run_does_not_end_it(base, tmp_path, monkeypatch, damage):
+    """HellaSwag is off, because its file is missing, which is printed, too."""
     out = tmp_path / "out"
     damage(monkeypatch, out)
-    train(base[0], out, "--save_every", 4)
+    flags = ["--wandb", "mine"] if damage is break_watcher else []
+    flags += ["--hellaswag_every", 4, "--hellaswag_data", tmp_path / "nowhere.jsonl"]
+    done = train(base[0], out, "--save_every", 4, *flags)
     assert records(out) == records(base[1]) and weights(out) == weights(base[1])
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    expected = ["HellaSwag is off", BREAK[damage]] if damage is not break_print else []
+    for words in filter(None, expected):
+        assert any(words in line and len(line) < 200 for line in warnings), done.stdout
+    assert all(any(words in line for words in filter(None, expected)) for line in warnings)
+
+
+def test_a_run_for_ever_has_a_time_left(tiny):
+    """Although timedelta has a largest value."""
+    loader = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    progress = train_gpt2.Progress(Args(max_steps=10**17), tiny, loader)
+    assert "left 11574074 days" in progress.update(0, 1.0)
 
 
 def test_a_damaged_run_json_does_not_end_a_resumed_run(stopped, base):
@@ -612,6 +663,7 @@ WRONG = [
     ({"RANK": "0"}, "RANK is set, but WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
     ({"RANK": "one", "WORLD_SIZE": "1"}, "RANK is set, but LOCAL_RANK"),
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
+    ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 is not less than WORLD_SIZE=0"),
 ]
 
 
@@ -619,13 +671,23 @@ WRONG = [
 def test_wrong_variables_are_refused_with_the_name_of_torchrun(
     base, tmp_path, monkeypatch, env, sentence
 ):
-    if env == {"WORLD_SIZE": "two"}:
+    if "RANK" not in env or "less" in sentence:
         env = dict.fromkeys(train_gpt2.TORCHRUN, "0") | env
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     done = train(base[0], tmp_path / "out", check=False)
     refused(done, sentence)
     assert "torchrun" in done.stderr
+
+
+def test_a_rank_that_no_world_has_does_not_wait_for_the_others(monkeypatch):
+    values = {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
+    for name, value in (values | {"MASTER_ADDR": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="^RANK=2 is not less than WORLD_SIZE=2; start"):
+        train_gpt2.check_environment()
+    monkeypatch.setenv("RANK", "1")
+    train_gpt2.check_environment()
 
 
 def test_the_flag_of_an_old_launcher_is_accepted(base, tmp_path):
@@ -720,6 +782,76 @@ def test_standard_input_is_read_only_when_it_is_asked_for(base, monkeypatch):
     began = time.monotonic()
     assert run_here(*flags, "--device", "cpu").stdout.count("> Hello") == 4
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("prompts", [b"caf\xe9\n\xff\n", b"", None])
+def test_standard_input_may_be_closed_or_of_another_encoding(base, monkeypatch, prompts):
+    """Bytes that are not UTF-8 are replaced. Without prompts there are no samples."""
+    stdin = prompts if prompts is None else io.TextIOWrapper(io.BytesIO(prompts), "utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    flags = ["--sample_only", "--init_from", base[1] / "step_00008", "--sample_tokens", 2]
+    done = run_here(*flags, "--device", "cpu", "--prompt", "-")
+    assert done.stdout.count("> caf\ufffd") == done.stdout.count("> \ufffd") == 4 * bool(prompts)
+
+
+def test_a_moved_run_names_the_flag_of_its_data(tmp_path, monkeypatch):
+    """Its --data_dir was relative to the folder where it was started."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(write_shards(Path("shards")), "run", "--max_steps", 1)
+    Path("run").rename(tmp_path / "there/moved")
+    monkeypatch.chdir(tmp_path / "there")
+    flags = ["--resume", "--out_dir", "moved", "--max_steps", 2]
+    refused(run_here(*flags, check=False), "the run's --data_dir, shards, is not here; give")
+    done = run_here(*flags, "--data_dir", "../here/shards")
+    assert "--resume: data_dir shards → ../here/shards" in done.stdout
+    assert list(log_of("moved")["train"]) == [0, 1]
+
+
+def test_a_tilde_after_an_equals_sign_is_the_home_directory(base, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/shards").symlink_to(base[0])
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY, *QUIET, "--micro_batch_size", 4, "--total_batch_size", 128, "--max_steps", 0]
+    run_here(*flags, "--val_every", 0, "--data_dir=~/shards", "--out_dir=~/runs/a")
+    assert (tmp_path / "home/runs/a/log.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_weights_of_nan_are_neither_sampled_nor_trained(base, tmp_path):
+    shutil.copytree(base[1] / "step_00008", tmp_path / "nan")
+    state = load_file(tmp_path / "nan/model.safetensors")
+    state["transformer.h.0.mlp.c_fc.bias"][3] = float("nan")
+    save_file(state, tmp_path / "nan/model.safetensors", {"format": "pt"})
+    flags = ["--init_from", tmp_path / "nan", "--device", "cpu"]
+    done = run_here(*flags, "--sample_only", check=False)
+    refused(done, "nan: its weights hold NaN or infinity; choose another model")
+    flags += [*QUIET, *STEPS, "--seq_len", 32, "--micro_batch_size", 4, "--data_dir", base[0]]
+    done = run_here(*flags, "--out_dir", tmp_path / "out", check=False)
+    refused(done, "nan: its weights hold NaN or infinity; choose another model")
+
+
+def test_predictions_that_overflow_are_one_sentence(tiny):
+    """Finite weights, whose logits are too large for float16, say."""
+    with torch.no_grad():
+        tiny.transformer.ln_f.bias[:] = float("inf")
+    with pytest.raises(RuntimeError) as caught:
+        tiny.generate(torch.zeros(1, 1, dtype=torch.int64), 1)
+    assert "predictions are not finite; choose" in train_gpt2.explain(caught.value)
+
+
+def test_half_a_character_is_not_shown(tiny, monkeypatch, capsys):
+    """她 is two tokens and the sample ends after the first of 说's."""
+    tokens = train_gpt2.tokenizer().encode_ordinary("她说")
+
+    def generate(idx, *args, **options):
+        return torch.cat([idx, torch.tensor([tokens[:-1]] * len(idx))], dim=1)
+
+    monkeypatch.setattr(tiny, "generate", generate)
+    train_gpt2.print_samples(tiny, Args(prompt="x"), OFF)
+    assert capsys.readouterr().out == "> x她\n" * 4
 
 
 def test_settings_of_the_checkpoint_are_those_of_the_run(base):
