@@ -188,6 +188,8 @@ def write_atomically(path, write):
 
 # The tokenizer --------------------------------------------------------------------------------
 
+# What precedes a document: GPT-2's special token, or the first of these that a tokenizer has.
+END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 VOCABULARY = {  # SHA-256 of OpenAI's two files, as tiktoken pins them
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -245,10 +247,21 @@ def fast_encoder():
 
 
 def tokenizer_json(ids, merges):
-    """A tokenizer.json that has GPT-2's form."""
+    """A tokenizer.json in GPT-2's form. (A merge is a string, "t h", because tokenizers before 0.20
+    read no pairs of strings.)"""
     words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    model = {"type": "BPE", "vocab": ids, "merges": merges}
-    return json.dumps({"model": model, "pre_tokenizer": words, "decoder": words})
+    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    if end := ids.get(END_OF_TEXT[0]):
+        whole["added_tokens"] = [added_token(end, END_OF_TEXT[0])]
+    whole |= {"normalizer": None, "pre_tokenizer": words, "post_processor": words}
+    whole |= {"decoder": words, "model": {"type": "BPE", "vocab": ids, "merges": merges}}
+    return json.dumps(whole, ensure_ascii=False)
+
+
+def added_token(id, text):
+    """The entry of a special token in a tokenizer.json."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": text, **flags, "special": True}
 
 
 def token_ids(text, enc=None):
@@ -270,21 +283,18 @@ def token_ids(text, enc=None):
 @cache
 def gpt2_files(context):
     """{name: bytes}: the files of GPT-2's tokenizer in all forms that other programs read."""
-    from transformers import GPT2Tokenizer
-
     ids, merges = read_vocabulary()
-    pairs = [tuple(merge.split()) for merge in merges]
-    whole = json.loads(GPT2Tokenizer(ids, pairs).backend_tokenizer.to_str())
-    # tokenizers before 0.20 read a merge only as one string, "t h", and not as a pair of strings.
-    whole["model"]["merges"] = merges
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": context}
     settings |= {"add_prefix_space": False, "clean_up_tokenization_spaces": False}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        settings[name] = "<|endoftext|>"
-    files = {"tokenizer.json": whole, "tokenizer_config.json": settings, "vocab.json": ids}
-    files = {name: json.dumps(x, ensure_ascii=False).encode() for name, x in files.items()}
-    files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""]).encode()
-    return files
+        settings[name] = END_OF_TEXT[0]
+    texts = {
+        "tokenizer.json": tokenizer_json(ids, merges),
+        "tokenizer_config.json": json.dumps(settings),
+        "vocab.json": json.dumps(ids, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+    }
+    return {name: text.encode() for name, text in texts.items()}
 
 
 # Other tokenizers: a model, and shards, know theirs --------------------------------------------
@@ -297,7 +307,6 @@ def gpt2_files(context):
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
 TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("tokenizer_config.json", "chat_template.jinja")
-END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 
 
 class OtherTokenizer:
@@ -433,9 +442,8 @@ def character_tokenizer(config, paths):
     # token_ids replaces half of a surrogate pair.
     characters = {"\ufffd" if "\ud800" <= c <= "\udfff" else c for c in characters}
     ids = {character: id for id, character in enumerate(sorted(characters))}
-    end = {"id": len(ids), "content": END_OF_TEXT[0], "special": True, "normalized": False}
-    end |= {"single_word": False, "lstrip": False, "rstrip": False}
-    model = {"type": "BPE", "vocab": ids | {END_OF_TEXT[0]: len(ids)}, "merges": []}
+    end = added_token(len(ids), END_OF_TEXT[0])
+    model = {"type": "BPE", "vocab": ids | {end["content"]: end["id"]}, "merges": []}
     return {"model": model, "added_tokens": [end], "decoder": {"type": "Fuse"}}
 
 
@@ -1319,7 +1327,7 @@ def report(manifest, out, tokens_before, seconds):
     )
 
 
-def build_demo(out):
+def build_demo(out, tokenizer="gpt2"):
     """Shards of the documentation that ships with Python, unless `out` holds something. They get
     the name `out` when they are complete, so several processes may call this at once."""
     from pydoc_data.topics import topics
@@ -1335,7 +1343,7 @@ def build_demo(out):
             source = Path(folder, "python_docs.jsonl")
             source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
             with redirect_stdout(io.StringIO()):  # the summary would name the temporary folder
-                build(Config(source=str(source), out=f"{folder}/shards", workers=0))
+                build(Config(str(source), out=f"{folder}/shards", workers=0, tokenizer=tokenizer))
             try:
                 os.replace(f"{folder}/shards", out)
             except OSError:

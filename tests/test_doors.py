@@ -18,7 +18,12 @@ import yaml
 from conftest import FAULTS, PROMPTS, log_of, refused, run_here, train, write_shards
 from tokenizers import ByteLevelBPETokenizer
 from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
-from transformers import AutoTokenizer, TopPLogitsWarper, pipeline
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    TopPLogitsWarper,
+    pipeline,
+)
 
 import fineweb
 import hellaswag
@@ -93,6 +98,18 @@ def test_the_tokenizers_files_are_in_the_forms_of_older_readers_too(saved):
     assert old.encode(text).ids == tokenizer().encode_ordinary(text)
     settings = json.loads((saved[1] / "tokenizer_config.json").read_text())
     assert settings["clean_up_tokenization_spaces"] is False
+
+
+def test_with_a_pad_token_of_its_own_a_model_can_learn_to_stop(saved):
+    """Collators give padding the label -100, which has no loss. README's line keeps the label of
+    <|endoftext|>."""
+    theirs = AutoTokenizer.from_pretrained(saved[1])
+    collate = DataCollatorForLanguageModeling(theirs, mlm=False)
+    examples = [{"input_ids": theirs(text)["input_ids"]} for text in ("Hello<|endoftext|>", "Hi")]
+    assert fineweb.EOT not in collate(examples)["labels"]
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    labels = collate(examples)["labels"]
+    assert labels[0, -1] == fineweb.EOT and labels[1, -1] == -100
 
 
 def test_the_model_card_has_the_evaluations_of_its_step(base):
