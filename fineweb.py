@@ -75,7 +75,7 @@ def as_user_error(what, remedy):
     except UserError:
         raise
     except Exception as error:
-        room = max(40, 180 - len(what) - len(remedy))
+        room = max(80, 180 - len(what) - len(remedy))
         raise UserError(f"{what} ({describe(error)[:room]}); {remedy}") from error
 
 

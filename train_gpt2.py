@@ -1099,10 +1099,10 @@ def print0(*args):
 
 
 def innermost_cause(error):
-    """The text of the error that caused this one, in one line of at most 200 characters."""
+    """The text of the error that caused this one, in one line."""
     while cause := getattr(error, "inner_exception", None) or error.__cause__:
         error = cause
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def gather(value):
@@ -1994,15 +1994,16 @@ def explain(error):
     if isinstance(error, UserError):
         return str(error)
     text = innermost_cause(error)
+    cause = text[:110]  # so that a sentence has at most 200 characters
     no_memory = ("out of memory", "can't allocate", "ALLOC_FAILED")  # CUDA and MPS, CPU, cuBLAS
     if isinstance(error, MemoryError) or any(words in text for words in no_memory):
         return "out of memory; choose a smaller --micro_batch_size, which leaves the batch as it is"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile does not work here ({text}); add --no-compile"
+        return f"torch.compile does not work here ({cause}); add --no-compile"
     if "probability tensor contains" in text:
         return "the model's predictions are not finite; choose other weights, or another --dtype"
     if isinstance(error, dist.DistError):
-        return f"the processes cannot reach each other ({text}); start all of them with torchrun"
+        return f"the processes cannot reach each other ({cause}); start all of them with torchrun"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; check that folder and its disk"
 

@@ -29,6 +29,11 @@ STEPS = "--max_steps 8 --warmup_steps 2 --max_lr 1e-2 --min_lr 1e-3 --total_batc
 STEPS += "--val_every 4 --val_tokens 500".split()
 
 
+def without_folders(line):
+    """A line without the folders of the tests, which have longer names than those of users."""
+    return re.sub(r"[^\s(]*/pytest-of-[^\s:;,)]*/", "", line)
+
+
 @pytest.fixture(autouse=True)
 def sentences_are_short(monkeypatch):
     """In each test, every UserError must be one line. With "train_gpt2.py: " before it, it may have
@@ -39,8 +44,8 @@ def sentences_are_short(monkeypatch):
         Exception.__init__(error, sentence)
         of_verify = sys._getframe(1).f_code.co_name == "verify"
         lines = sentence.split("\n") if of_verify else [sentence]
-        lines = [re.sub(r"[^\s(]*/pytest-of-[^\s:;,)]*/", "", line) for line in lines]
-        wrong.extend(x for x in lines if len("train_gpt2.py: " + x) > 200 or "\n" in x)
+        lines = [f"train_gpt2.py: {without_folders(line)}" for line in lines]
+        wrong.extend(line for line in lines if len(line) > 200 or "\n" in line)
 
     monkeypatch.setattr(UserError, "__init__", init, raising=False)
     yield
@@ -154,6 +159,7 @@ def refused(done, sentence):
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1, done.stdout + done.stderr
     assert sentence in lines[0] and lines[0].startswith("train_gpt2.py: "), lines[0]
+    assert len(without_folders(lines[0])) <= 200, lines[0]
 
 
 def log_of(out_dir):
