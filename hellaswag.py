@@ -70,7 +70,7 @@ import torch.nn.functional as F
 import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fineweb import Progress, UserError, as_user_error, expand_home, prepare_streams
+from fineweb import Progress, UserError, as_user_error, expand_home, never_fatal, prepare_streams
 from fineweb import read_tokenizer, say, token_ids, tokenizer_of, why_no_tokenizer
 
 REPO = "Rowan/hellaswag"  # a dataset on huggingface.co
@@ -563,6 +563,9 @@ class Config:
     __post_init__ = expand_home
 
 
+CANNOT_PRINT = "the result cannot be printed", "free the disk or the terminal, or use --json"
+
+
 def run(config):
     """Score a model and print the result."""
     name = config.device
@@ -587,7 +590,11 @@ def run(config):
     finally:  # if the file cannot be written, the screen still shows the result
         if result.truncated:
             say(f"{result.truncated} items were too long and lost the beginning of their context")
-        say(f"{config.model}, style {config.style}, {dtype} on {device}:\n{result}")
+        # Without the file, the screen is the only place that the result goes to.
+        with never_fatal() if config.json else as_user_error(*CANNOT_PRINT):
+            print(
+                f"{config.model}, style {config.style}, {dtype} on {device}:\n{result}", flush=True
+            )
 
 
 def main(argv=None):
@@ -595,7 +602,8 @@ def main(argv=None):
     config = tyro.cli(Config, args=argv, description=__doc__)
     try:
         if config.compare:
-            say(compare(*config.compare))
+            with as_user_error(*CANNOT_PRINT):
+                print(compare(*config.compare), flush=True)
         else:
             run(config)
     except UserError as error:

@@ -472,9 +472,7 @@ def test_a_text_that_tiktoken_cannot_encode_is_encoded(tmp_path):
     assert documents(tmp_path / "out2") == ["\ufffd" + SPACES, "next"]
 
 
-def test_tiktoken_stands_in_where_gigatoken_is_not_installed(
-    source, tmp_path, capsys, monkeypatch
-):
+def test_tiktoken_stands_in_where_gigatoken_is_not_installed(source, tmp_path, capsys, monkeypatch):
     make(source, tmp_path / "a")
     assert "tokens/s by gigatoken" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "gigatoken", None)  # then its import fails
@@ -1136,8 +1134,11 @@ def test_chunks_must_not_change_before_a_data_set_is_complete(source, tmp_path, 
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest.pop(key) == value
     for _ in range(2):
-        with monkeypatch.context() as patch, pytest.raises(
-            UserError, match=f"was begun with {key} {value}, not {value // 2}; choose another"
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(
+                UserError, match=f"was begun with {key} {value}, not {value // 2}; choose another"
+            ),
         ):
             patch.setattr(fineweb, name, value // 2)
             make(source, out)

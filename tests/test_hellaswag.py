@@ -866,13 +866,18 @@ def test_a_tilde_after_an_equals_sign_is_the_home_directory(saved, data, tmp_pat
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_stdout_is_no_traceback(saved, data, tmp_path):
+@pytest.mark.parametrize("json_file, status", (("a.json", 0), (None, 2)))
+def test_a_full_stdout_is_no_traceback(saved, data, tmp_path, json_file, status):
+    """It is a fault if the result goes nowhere else."""
     args = ["--model", saved, "--data", data, "--limit", 3, "--device", "cpu"]
-    args += ["--json", tmp_path / "a.json"]
+    args += ["--json", tmp_path / json_file] if json_file else []
     line = ["bash", "-c", 'exec "$@" >/dev/full', "-", *command("hellaswag.py", *args)]
     done = subprocess.run(line, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
-    assert done.returncode == 0 and "Traceback" not in done.stderr
-    assert (tmp_path / "a.json").read_text().count("\n") == 3
+    assert done.returncode == status and "Traceback" not in done.stderr
+    if json_file:
+        assert (tmp_path / "a.json").read_text().count("\n") == 3
+    else:
+        assert "the result cannot be printed (No space left on device)" in done.stderr
 
 
 def test_ctrl_c_exits_with_130(saved, data, monkeypatch):
