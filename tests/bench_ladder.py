@@ -319,7 +319,7 @@ def measure(rung, options):
             for _ in range(3):
                 training_step(model, made[:accum], *count, optimizer, scaler, inner, 1.0)
             torch.get_device_module(device).synchronize()
-        options.profile.write_text(busiest(profiler, device))
+        options.profile.write_text(busiest(profiler, device) + "\n")
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
