@@ -6,6 +6,7 @@ code, on this device.
     python tests/bench_ladder.py --model gpt2 --batch 4 --seq_len 512 --rungs shipped eager auto
     python tests/bench_ladder.py --accum 4 --rungs none late adamw casts  # what is not done
     python tests/bench_ladder.py --rungs ddp view static  # all GPUs; two processes on a CPU
+    python tests/bench_ladder.py --rungs shipped compiled none  # the lecture's own form, and ours
     python tests/bench_ladder.py --data edu_fineweb10B --steps 47 --rounds 1 --rungs shipped auto
     python tests/bench_ladder.py --batch 64 --rungs none fa2 cudnn residual coordinate combo  # CUDA
     python tests/bench_ladder.py --rungs none --profile profile.md  # where the time goes
@@ -22,11 +23,12 @@ import inspect
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
@@ -74,7 +76,7 @@ class Rung:
     casts: bool = False  # one autocast around all micro-steps: weights are cast once per step
     ddp: dict | None = None  # arguments of DDP, with one process per GPU; two on a CPU
     kernel: str = ""  # of attention, an SDPBackend, instead of PyTorch's choice
-    inductor: str = ""  # a switch of torch._inductor.config that is turned on
+    option: str = ""  # one of torch.compile's options, which is turned on
     residual: bool = False  # the residual stream in bfloat16
 
 
@@ -111,8 +113,10 @@ def candidates(cuda, base):
     """{key: Rung} of what train_gpt2.py does not do, measured only on request: the last rung of the
     ladder, with one change each."""
     rung = replace(ladder(cuda)["loss" if cuda else "auto"], compile=cuda)
+    lecture = dict(dtype="bfloat16", logits=True, keep=False, attention=False, compile=True)
     changes = {
         "none": ("without any candidate", {}),
+        "compiled": ("as the lecture's repository ships it, compiled", lecture),
         "late": ("no wait within a step, loss and norm read a step late", dict(late=True)),
         "adamw": ("AdamW and clipping compiled", dict(adamw=True)),
         "casts": ("weights cast once per step, no compile", dict(casts=True, compile=False)),
@@ -121,8 +125,8 @@ def candidates(cuda, base):
         "static": ("DDP, static graph", dict(ddp=dict(static_graph=True))),
         "fa2": ("FlashAttention-2", dict(kernel="FLASH_ATTENTION")),
         "residual": ("residual stream in bfloat16", dict(residual=True, dtype="bfloat16")),
-        "coordinate": ("coordinate descent", dict(inductor="coordinate_descent_tuning")),
-        "combo": ("combo kernels", dict(inductor="combo_kernels")),
+        "coordinate": ("coordinate descent", dict(option="coordinate_descent_tuning")),
+        "combo": ("combo kernels", dict(option="combo_kernels")),
     }
     if cuda:
         changes["cudnn"] = ("cuDNN's attention", dict(kernel="CUDNN_ATTENTION"))
@@ -230,11 +234,9 @@ def build(rung, options, device, dtype):
         never_wait(optimizer)
     if rung.residual:
         raw.transformer.h[0].register_forward_pre_hook(lambda h, args: (args[0].bfloat16(),))
-    if rung.inductor:
-        import torch._inductor.config as inductor
-
-        setattr(inductor, rung.inductor, True)
-    model = torch.compile(raw, dynamic=False, mode=rung.mode) if rung.compile else raw
+    # torch.compile takes a mode or options.
+    how = dict(options={rung.option: True}) if rung.option else dict(mode=rung.mode)
+    model = torch.compile(raw, dynamic=False, **how) if rung.compile else raw
     if rung.ddp is not None:
         model = DistributedDataParallel(model, **rung.ddp)
     return raw, optimizer, model
@@ -317,7 +319,7 @@ def measure(rung, options):
             for _ in range(3):
                 training_step(model, made[:accum], *count, optimizer, scaler, inner, 1.0)
             torch.get_device_module(device).synchronize()
-        options.profile.write_text(busiest(profiler, device))
+        options.profile.write_text(busiest(profiler, device) + "\n")
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
@@ -369,7 +371,7 @@ def print_table(rungs, found, options, device, processes):
     for key, rung in rungs.items():
         runs = found[key]
         if not runs:
-            print("|", " | ".join([rung.name, "failed"] + [""] * (len(columns) - 2)), "|")
+            print("|", " | ".join([rung.name, "no result"] + [""] * (len(columns) - 2)), "|")
             continue
         ms = [1e3 * s for run in runs for s in run["seconds"]]
         devices = 1 if rung.ddp is None else processes
@@ -412,12 +414,14 @@ def main():
         return measure(rungs[options.child], options)
     processes = torch.cuda.device_count() if device.type == "cuda" else 2
     found = {key: [] for key in keys}
-    for round in range(1, options.rounds + 1):
-        for key in keys:
-            line = f"\rround {round}/{options.rounds}: {key}          "
-            print(line, end="", file=sys.stderr, flush=True)
-            if result := run_child(key, rungs[key], options, processes):
-                found[key].append(result)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with suppress(KeyboardInterrupt):  # the table then shows what was measured before
+        for round in range(1, options.rounds + 1):
+            for key in keys:
+                line = f"\rround {round}/{options.rounds}: {key}          "
+                print(line, end="", file=sys.stderr, flush=True)
+                if result := run_child(key, rungs[key], options, processes):
+                    found[key].append(result)
     print(file=sys.stderr)
     rungs = {key: rungs[key] for key in keys}
     print_table(rungs, found, options, device, processes)
