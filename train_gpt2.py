@@ -1934,8 +1934,9 @@ def check_device(name):
         "cpu": True,
     }
     if not exists.get(name, True):
-        why = (name == "cuda" and why_no_cuda()) or "this machine has none"
-        raise UserError(f"--device {name}: {why}; --device auto uses what it has")
+        why = name == "cuda" and why_no_cuda()
+        why = why or "this machine has none; --device auto uses what it has"
+        raise UserError(f"--device {name}: {why}")
     processes = environment_number("LOCAL_RANK") + 1
     # Slurm may show each process only its own GPU; torchrun shows all GPUs to all processes.
     gpus = torch.cuda.device_count()
@@ -1955,22 +1956,20 @@ def why_no_cuda():
     present = shutil.which("nvidia-smi") or any(map(os.path.exists, NVIDIA_FILES))
     if hidden or not present or torch.cuda.is_available():
         return None
-    version, cuda = str(torch.__version__), torch.version.cuda
-    index = "--index-url https://download.pytorch.org/whl"
-    install = f"pip uninstall torch, then pip install torch=={version.split('+')[0]} {index}"
+    cuda, index = torch.version.cuda, "https://download.pytorch.org/whl"
     if not cuda:
-        what = f"this machine has an NVIDIA GPU, but PyTorch {version} is built without CUDA"
-        return f"{what}; {install}/cu130 (/cu126 if its driver is older than 580)"
+        what = f"PyTorch {torch.__version__} has no CUDA for this machine's NVIDIA GPU"
+        return f"{what}; install it from {index}/cu130 (cu126 for a driver below 580)"
+    cause = "PyTorch cannot use this machine's NVIDIA GPU"
     try:
         torch.cuda.init()
-        cause = "it does not say why"
     except Exception as error:  # in torch's words, such as: the driver is too old
-        cause = innermost_cause(error).partition(" Please")[0].strip(".")
-    oldest = 525 if cuda.startswith("12.") else 580  # driver, from NVIDIA's compatibility table
-    remedy = f"CUDA {cuda} needs driver {oldest} or newer: update the driver"
-    if oldest > 525:
-        remedy += f", or {install}/cu126 (driver 525 or newer)"
-    return f"PyTorch cannot use the NVIDIA GPU of this machine: {cause}; {remedy}"
+        cause = innermost_cause(error).partition(" Please")[0].strip(".")[:70]
+    if cuda.startswith("12."):  # from NVIDIA's table of compatible versions
+        return f"{cause}; CUDA {cuda} needs driver 525 or newer: update it"
+    return (
+        f"{cause}; CUDA {cuda} needs driver 580: update it, or install PyTorch from {index}/cu126"
+    )
 
 
 def prepare_process():

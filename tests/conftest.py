@@ -1,6 +1,7 @@
 """What several tests share: tiny shards and models, and ways to run the scripts as a user does."""
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -42,7 +43,7 @@ def sentences_are_short(monkeypatch):
 
     def init(error, sentence):
         Exception.__init__(error, sentence)
-        of_verify = sys._getframe(1).f_code.co_name == "verify"
+        of_verify = inspect.currentframe().f_back.f_code.co_name == "verify"
         lines = sentence.split("\n") if of_verify else [sentence]
         lines = [f"train_gpt2.py: {without_folders(line)}" for line in lines]
         wrong.extend(line for line in lines if len(line) > 200 or "\n" in line)

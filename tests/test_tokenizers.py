@@ -143,8 +143,8 @@ def test_a_tokenizer_beside_the_shards_is_the_models(tmp_path):
     model = GPT.from_pretrained(out / "step_00002")
     ids = model.generate(torch.tensor([made.encode("Hello").ids] * 4), 8, seed=1337)
     expected = ["> " + made.decode(row).replace("\ufffd", "") + "\n" for row in ids.tolist()]
-    found = run_here("--sample_only", "--init_from", out / "step_00002", "--prompt", "Hello",
-                     "--sample_tokens", 8, "--device", "cpu", "--dtype", "float32")  # fmt: skip
+    flags = "--sample_only --prompt Hello --sample_tokens 8 --device cpu --dtype float32".split()
+    found = run_here(*flags, "--init_from", out / "step_00002")
     assert found.stdout == "".join(expected)
 
 

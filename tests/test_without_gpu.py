@@ -495,16 +495,16 @@ TOO_OLD = (  # torch's words
     "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU "
     "driver by downloading and installing a new version from the URL: http://www.nvidia.com/"
 )
-INSTALL = "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl"
+INSTALL = "https://download.pytorch.org/whl"
 
 
 @pytest.mark.parametrize("sign", ["file", "program"])
 @pytest.mark.parametrize(
     "version, cuda, error, words",
     [
-        ("2.13.0+cpu", None, None, f"built without CUDA; .*{INSTALL}/cu130 .*older than 580"),
+        ("2.13.0+cpu", None, None, f"has no CUDA .*{INSTALL}/cu130 .cu126 for a driver below 580"),
         ("2.13.0+cu130", "13.0", TOO_OLD, f"12020.; CUDA 13.0 needs driver 580.*{INSTALL}/cu126"),
-        ("2.13.0+cu126", "12.6", TOO_OLD, "CUDA 12.6 needs driver 525 .*: update the driver$"),
+        ("2.13.0+cu126", "12.6", TOO_OLD, "CUDA 12.6 needs driver 525 or newer: update it$"),
         ("2.13.0+cu130", "13.0", "No CUDA GPUs are available", "No CUDA GPUs are available; CUDA"),
     ],
 )
@@ -525,8 +525,8 @@ def test_why_a_gpu_cannot_be_used(monkeypatch, sign, version, cuda, error, words
     monkeypatch.setattr(train_gpt2.shutil, "which", which)
     monkeypatch.setattr(train_gpt2, "NVIDIA_FILES", (__file__,) if sign == "file" else ())
     why = why_no_cuda()
-    assert re.search(words, why) and "http://" not in why and len(why) < 320
-    with pytest.raises(UserError, match=f"^--device cuda: {re.escape(why)}; --device auto"):
+    assert re.search(words, why) and "http://" not in why
+    with pytest.raises(UserError, match=f"^--device cuda: {re.escape(why)}$"):
         check_device("cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user hides it
     assert why_no_cuda() is None
