@@ -592,8 +592,6 @@ class Manifest:
     format: str
     world_size: int
     encoder_json: str | None = None  # SHA-256; the manifest calls it encoder.json
-    tokenizer: str | None = None  # None: GPT-2's; char; or the SHA-256 of the file that was given
-    tokenizer_json: str | None = None  # SHA-256 of the tokenizer.json beside the shards
     rank: int
     shards: list = field(default_factory=list)
     skipped: dict = field(default_factory=dict)  # how many texts were skipped, by reason
@@ -606,9 +604,14 @@ class Manifest:
     chunk_size: int = 1 << 22  # the defaults of these three are the sizes of older manifests
     large_row_group: int = 64 << 20
     chunk_rows: int = 1000
+    # These two are saved only if the tokenizer is not GPT-2's.
+    tokenizer: str | None = None  # char, or the SHA-256 of the file that --tokenizer named
+    tokenizer_json: str | None = None  # SHA-256 of the tokenizer.json beside the shards
 
     def save(self, directory):
         entries = {key.replace("_json", ".json"): value for key, value in asdict(self).items()}
+        if self.tokenizer is None:
+            del entries["tokenizer"], entries["tokenizer.json"]
         text = json.dumps(entries, indent=1).encode()
         write_atomically(Path(directory, self.name), lambda file: file.write(text))
 
@@ -1226,9 +1229,9 @@ def open_manifest(config):
     out = config.out
     name = "manifest.json" if config.world_size == 1 else f"manifest_{config.rank:05d}.json"
     manifests = read_manifests(out)
-    if not manifests and (list_shards(out) or hash_of_tokenizer(out)):
-        what = f"{out} has shards or a tokenizer.json, but no manifest"
-        raise UserError(f"{what}; choose another --out, or delete it")
+    for found, what in ((list_shards(out), "shards"), (hash_of_tokenizer(out), "a tokenizer.json")):
+        if found and not manifests:
+            raise UserError(f"{out} has {what} but no manifest; choose another --out, or delete it")
     begun = next((manifest for manifest in manifests if manifest.name == name), None)
     other = name_tokenizer(config)
     revision, paths = find_files(config, begun)

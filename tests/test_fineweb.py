@@ -664,7 +664,7 @@ def test_a_source_that_changes_during_a_run_is_refused(tmp_path, monkeypatch):
         make(tmp_path / "*.jsonl", tmp_path / "out")
     assert data_files(tmp_path / "out") == before
 
-    def tokenize_and_edit(chunk):
+    def tokenize_and_edit(chunk, folder):
         edit(tmp_path / "0.jsonl", b"<", b">")
         os.utime(tmp_path / "0.jsonl", ns=(2, 2))
         return tokenize(chunk)

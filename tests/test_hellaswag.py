@@ -662,7 +662,7 @@ said = []
 def note(text):
     said.append(str(text))
 
-hellaswag.print = lambda text, flush: note(text)
+hellaswag.say = note
 hellaswag.SHA256 = "0" * 64
 note(items_or_none(hellaswag.DATA, 1024))
 hellaswag.SHA256 = "{hub.sha256}"

@@ -387,7 +387,7 @@ def test_shards_and_their_tokenizer_must_fit(jsonl, tmp_path, capsys):
     for path in [*fineweb.list_shards(out), out / "manifest.json"]:
         path.unlink()
     assert build(jsonl, out) == 2  # the file that was left would be taken for that of the shards
-    assert "a tokenizer.json, but no manifest" in capsys.readouterr().err
+    assert "has a tokenizer.json but no manifest" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_more_than_16_bits_is_refused(jsonl, tmp_path, capsys):

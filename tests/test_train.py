@@ -332,7 +332,7 @@ def test_a_resumed_log_drops_what_is_written_again(tmp_path):
     assert (tmp_path / "log.txt").read_text() == kept
     log.write(2, {"val": 1 / 3})
     run = object.__new__(Run)
-    run.args, run.log_file, run.skipped = Args(max_steps=9), log, 0
+    run.args, run.log_file, run.skipped, run.saved_step = Args(max_steps=9), log, 0, 0
     run.progress = SimpleNamespace(update=lambda step, dt: "")
     run.log_step(2, loss=2.0, lr=0.5, norm=math.inf, dt=2.0)
     run.log_step(3, loss=2.0, lr=0.5, norm=1.0, dt=2.0)
