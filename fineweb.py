@@ -618,14 +618,15 @@ class Manifest:
     def difference(self, new):
         """The first reason why this data set cannot be continued with the settings of the `new`
         manifest, such as "shard_size 1000, not 2000"; None if it can be."""
-        keys = ["revision", "text_column", "shard_size", "format", "world_size", "encoder_json"]
-        keys += ["tokenizer"]
+        keys = ["revision", "text_column", "shard_size", "format", "world_size", "tokenizer"]
+        keys += ["encoder_json"]
         if self.name == new.name:  # another rank has other files
             keys += ["files"]
             if not self.complete:
                 keys += ["chunk_size", "large_row_group", "chunk_rows"]
                 keys += ["times"] if self.times else []
         words = {"files": "other source files", "times": "source files that were changed since"}
+        words |= {"tokenizer": "another --tokenizer"}
         for key in keys:
             ours = getattr(self, key)
             theirs = getattr(new, key)
