@@ -844,7 +844,7 @@ def test_predictions_that_overflow_are_one_sentence(tiny):
 
 def test_half_a_character_is_not_shown(tiny, monkeypatch, capsys):
     """她 is two tokens and the sample ends after the first of 说's."""
-    tokens = train_gpt2.tokenizer().encode_ordinary("她说")
+    tokens = fineweb.tokenizer().encode_ordinary("她说")
 
     def generate(idx, *args, **options):
         return torch.cat([idx, torch.tensor([tokens[:-1]] * len(idx))], dim=1)
