@@ -13,8 +13,8 @@ A document is a row of a table, a line of JSON, or a txt file; lines of <|endoft
 file into several documents. Each becomes <|endoftext|> and its token ids. The documents of a rank
 stay in order and may continue in the next shard. Values that are null, empty or not text are
 skipped and counted. The first shard is for validation; if one shard holds all the text, the first
-tenth of it is. With --tokenizer the tokenizer's files lie beside the shards, from where
-train_gpt2.py takes them along into its checkpoints.
+tenth of it is. With --tokenizer the tokenizer's files are written beside the shards, and
+train_gpt2.py copies them into its checkpoints.
 
 A shard is complete or absent, and its bytes do not depend on --workers. After Ctrl-C, kill -9 or a
 power cut the same command continues. Memory: one shard, and a few chunks for each worker.
@@ -69,7 +69,7 @@ class UserError(Exception):
 @contextmanager
 def as_user_error(what, remedy):
     """Any error inside becomes a UserError: "what (cause); remedy". The cause is cut so that the
-    line, which begins with the name of the script, has about 200 characters at most."""
+    line, which begins with the name of the script, has at most about 200 characters."""
     try:
         yield
     except UserError:
@@ -104,8 +104,8 @@ def describe(error):
 
 @contextmanager
 def never_fatal(what=None):
-    """For what only shows or describes the work, such as printing, progress bars and dashboards: an
-    error inside never ends the work. `what`: if given, a warning begins with it."""
+    """For code that only reports on the work, such as printing, progress bars and dashboards: an
+    error inside is ignored, or, if `what` is given, becomes a warning that begins with it."""
     try:
         yield
     except Exception as error:
@@ -114,9 +114,10 @@ def never_fatal(what=None):
 
 
 def prepare_streams():
-    """Let no stream end a script. One that is closed, as by `2>&-`, is empty or goes nowhere, and
-    so does, at the end, one that cannot be written: Python would exit with status 120. Characters
-    that cannot be read or shown are replaced."""
+    """Keep the standard streams from ending a script. A closed one (`2>&-`) reads as empty, or
+    discards what is written. At the end, output that can no longer be written is discarded, too,
+    because Python would exit with status 120. Characters that cannot be decoded or shown are
+    replaced."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -166,10 +167,10 @@ class Progress:
         self.bar.close()
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, rank=0):
     """Make a file that is complete or absent, even after a power cut. `write` receives a binary
-    file, which gets its name only when all of it is on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    file, which gets its name only when all of it is on the disk. Several ranks may write it."""
+    temporary = path.with_name(f"{path.name}{rank or ''}.tmp")
     with as_user_error(f"{path} cannot be written", RESUME):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -188,7 +189,7 @@ def write_atomically(path, write):
 
 # The tokenizer --------------------------------------------------------------------------------
 
-# What precedes a document: GPT-2's special token, or the first of these that a tokenizer has.
+# What precedes a document: the eos_token of tokenizer_config.json, or the first of these.
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 VOCABULARY = {  # SHA-256 of OpenAI's two files, as tiktoken pins them
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -251,8 +252,8 @@ def tokenizer_json(ids, merges):
     read no pairs of strings.)"""
     words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
-    if end := ids.get(END_OF_TEXT[0]):
-        whole["added_tokens"] = [added_token(end, END_OF_TEXT[0])]
+    if END_OF_TEXT[0] in ids:
+        whole["added_tokens"] = [added_token(ids[END_OF_TEXT[0]], END_OF_TEXT[0])]
     whole |= {"normalizer": None, "pre_tokenizer": words, "post_processor": words}
     whole |= {"decoder": words, "model": {"type": "BPE", "vocab": ids, "merges": merges}}
     return json.dumps(whole, ensure_ascii=False)
@@ -297,10 +298,10 @@ def gpt2_files(context):
     return {name: text.encode() for name, text in texts.items()}
 
 
-# Other tokenizers: a model, and shards, know theirs --------------------------------------------
+# Other tokenizers: found beside the weights or the shards -------------------------------------
 #
-# The ids of a model mean nothing without its tokenizer. So its files lie beside the weights or the
-# shards, and train_gpt2.py copies them into each checkpoint. Without files it is GPT-2's, if the
+# Ids mean nothing without their tokenizer. So its files lie beside the weights or the shards, and
+# train_gpt2.py copies them into each checkpoint. If there are none, GPT-2's is assumed where the
 # number of ids allows that.
 
 # Files that hold a vocabulary. Of these, tokenizer.json is read, or vocab.json with merges.txt.
@@ -310,66 +311,91 @@ TOKENIZER_FILES += ("tokenizer_config.json", "chat_template.jinja")
 
 
 class OtherTokenizer:
-    """A tokenizer that is not GPT-2's, read from its files, with what the scripts use of tiktoken's
-    Encoding. Every id is less than n_vocab, which is infinite if the files are of a form that is
-    not read. eot_token: what precedes each document, or None."""
+    """A tokenizer that is not GPT-2's, with the part of tiktoken.Encoding's interface that the
+    scripts use. Characters that it does not know are dropped. All ids are less than n_vocab, which
+    is infinite if the files are in a format that is not read here."""
 
     def __init__(self, files):
         self.files = files  # {name: bytes}; checkpoints receive them as they are
-        self.n_vocab = math.inf
+        self.vocabulary = {}  # {token: id}
+        self.n_vocab = self.n_base = math.inf  # n_base: without added special tokens
+        self.settings = json.loads(files.get("tokenizer_config.json", "{}"))
         if "tokenizer.json" in files:
-            self.open(files["tokenizer.json"])
+            self.load(files["tokenizer.json"])
         elif "vocab.json" in files and "merges.txt" in files:  # the older form of the same
             ids = json.loads(files["vocab.json"]) | json.loads(files.get("added_tokens.json", "{}"))
             lines = files["merges.txt"].decode().splitlines()
             merges = [line for line in lines if line.count(" ") == 1]
-            self.open(tokenizer_json(ids, merges).encode())
+            self.load(tokenizer_json(ids, merges).encode())
+        self.eot_token = self.special_id("eos_token", *END_OF_TEXT)  # precedes each document
 
-    def open(self, json_bytes):
+    def load(self, json_bytes):
         from tokenizers import Tokenizer
 
-        self.hf = Tokenizer.from_buffer(json_bytes)
-        self.hf.no_truncation()
-        self.hf.no_padding()
-        self.hf.encode_special_tokens = True  # special tokens in a text are ordinary text
-        self.vocabulary = self.hf.get_vocab()
+        self.backend = Tokenizer.from_buffer(json_bytes)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # special tokens in a text are ordinary text
+        self.vocabulary = self.backend.get_vocab()
         self.n_vocab = 1 + max(self.vocabulary.values())
-        end = json.loads(self.files.get("tokenizer_config.json", "{}")).get("eos_token")
-        end = end["content"] if isinstance(end, dict) else end
-        known = [name for name in (end, *END_OF_TEXT) if name in self.vocabulary]
-        self.eot_token = self.vocabulary[known[0]] if known else None
+        self.n_base = 1 + max(self.backend.get_vocab(with_added_tokens=False).values())
+
+    def special_id(self, name, *others):
+        """The id of a special token: of the one that the settings name so, or of the first of the
+        others that exists. None if there is none."""
+        token = self.settings.get(name)
+        token = token["content"] if isinstance(token, dict) else token
+        return next((self.vocabulary[x] for x in (token, *others) if x in self.vocabulary), None)
 
     def encode_ordinary(self, text):
-        return self.hf.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids, errors="replace"):
-        text = self.hf.decode(ids, skip_special_tokens=False)
+        text = self.backend.decode(ids, skip_special_tokens=False)
         return text.replace("\ufffd", "") if errors == "ignore" else text
 
 
-def read_tokenizer(folder):
-    """The tokenizer whose files lie in a folder of weights or of shards. If there are no files, it
-    is GPT-2's if the manifest of the shards says so, else None."""
+def tokenizer_files(folder):
+    """{name: bytes} of the files in a folder that belong to a tokenizer."""
     paths = [Path(folder, name) for name in TOKENIZER_FILES]
-    with as_user_error(f"the tokenizer in {folder} cannot be read", "mend or remove its files"):
-        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
-        if not files.keys().isdisjoint(VOCABULARIES):
-            found = OtherTokenizer(files)
-            is_gpt2s = found.n_vocab == VOCAB_SIZE and found.vocabulary == read_vocabulary()[0]
-            return tokenizer() if is_gpt2s else found
-    ours = [m.encoder_json == VOCABULARY["encoder.json"] for m in read_manifests(folder)]
-    return tokenizer() if any(ours) else None
+    with as_user_error(f"the tokenizer in {folder} cannot be read", "repair or remove its files"):
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def read_tokenizer(folder):
+    """The tokenizer whose files lie in a folder of weights or of shards. If there are no files: the
+    one of GPT-2 if the manifest of the shards says so, else None."""
+    files = tokenizer_files(folder)
+    if files.keys().isdisjoint(VOCABULARIES):
+        ours = [m.encoder_json == VOCABULARY["encoder.json"] for m in read_manifests(folder)]
+        return tokenizer() if any(ours) else None
+    with as_user_error(f"the tokenizer in {folder} cannot be read", "repair or remove its files"):
+        found = OtherTokenizer(files)
+    has_template = "chat_template" in found.settings or "chat_template.jinja" in files
+    is_gpt2 = found.n_vocab == VOCAB_SIZE and found.vocabulary == read_vocabulary()[0]
+    return tokenizer() if is_gpt2 and not has_template else found
+
+
+def is_gpt2s(enc):
+    return isinstance(enc, tiktoken.Encoding)
+
+
+def agree(a, b):
+    """Whether two tokenizers give the same ids, except for tokens that only one of them has."""
+    a, b = (read_vocabulary()[0] if is_gpt2s(enc) else enc.vocabulary for enc in (a, b))
+    return a.items() <= b.items() or b.items() <= a.items()
 
 
 def tokenizer_of(model):
     """The tokenizer of a model's ids: the one that lay with its weights or its shards, else GPT-2's
-    if the model has a row for each of its tokens, and at most a few more. None if that is unknown;
-    then nothing can be said in words."""
+    if the model has a row for each of its tokens, and at most a few more. None if it is unknown, or
+    has more ids than the model has rows; then no text can be encoded or decoded."""
     rows = model.config.vocab_size
     found = getattr(model, "tokenizer", None)
     if found is None and VOCAB_SIZE <= rows < VOCAB_SIZE + 128:
         found = tokenizer()
-    return found if found and found.n_vocab <= rows else None
+    # An added special token may lack a row: it occurs in no text.
+    return found if found and getattr(found, "n_base", found.n_vocab) <= rows else None
 
 
 def why_no_tokenizer(model):
@@ -377,16 +403,26 @@ def why_no_tokenizer(model):
     rows = model.config.vocab_size
     found = getattr(model, "tokenizer", None)
     cause = "there is no tokenizer.json"
+    remedy = "put the right tokenizer.json beside the weights or the shards"
     if found and found.n_vocab < math.inf:
         cause = f"its tokenizer has {found.n_vocab} tokens"
-    remedy = "put the right tokenizer.json beside the weights or the shards"
+        remedy = "omit --vocab_size, or put the right tokenizer.json there"
     return f"{cause}, and the model has {rows} rows; {remedy}"
 
 
 def vocab_size_of(model):
     """How many ids of a model are tokens. The rest of its rows only pad the vocabulary."""
-    enc = tokenizer_of(model)
-    return enc.n_vocab if enc else model.config.vocab_size
+    enc, rows = tokenizer_of(model), model.config.vocab_size
+    return min(enc.n_vocab, rows) if enc else rows
+
+
+def special_ids(enc):
+    """The ids in a config.json for transformers. enc: a tokenizer, or None."""
+    names = ("bos_token", "eos_token", "pad_token")
+    end = enc.eot_token if enc else None
+    if enc is None or is_gpt2s(enc):
+        return {f"{name}_id": end for name in names}
+    return {f"{name}_id": enc.special_id(name) or end for name in names}
 
 
 def save_tokenizer(directory, enc, context):
@@ -396,15 +432,22 @@ def save_tokenizer(directory, enc, context):
         Path(directory, name).write_bytes(content)
 
 
-def name_tokenizer(config):
-    """What the manifest records of --tokenizer: None, char, or the SHA-256 of a file."""
+def identify_tokenizer(config):
+    """What the manifest records of --tokenizer: None for GPT-2's, char, or a SHA-256 of files."""
+    if config.tokenizer == "char" and config.world_size > 1:
+        raise UserError("--tokenizer char reads all of the text; omit --rank and --world_size")
     if config.tokenizer in ("gpt2", "char"):
-        if config.tokenizer == "char" and config.world_size > 1:
-            raise UserError("--tokenizer char reads all of the text; omit --rank and --world_size")
         return None if config.tokenizer == "gpt2" else "char"
-    remedy = "give gpt2, char, or a tokenizer.json"
-    with as_user_error(f"--tokenizer {config.tokenizer} cannot be read", remedy):
-        return hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
+    return hashlib.sha256(b"".join(given_files(config.tokenizer).values())).hexdigest()
+
+
+def given_files(path):
+    """{name: bytes}: the files of --tokenizer, which is a tokenizer.json or a folder."""
+    with as_user_error(f"--tokenizer {path} cannot be read", "give gpt2, char, or tokenizer.json"):
+        if os.path.basename(path) == "tokenizer.json":
+            path = os.path.dirname(path) or "."  # with tokenizer_config.json beside it
+        files = tokenizer_files(path)
+        return files or {"tokenizer.json": Path(path).read_bytes()}
 
 
 def write_tokenizer(config, manifest, paths):
@@ -413,22 +456,23 @@ def write_tokenizer(config, manifest, paths):
     out = Path(config.out)
     if manifest.tokenizer_json is None or manifest.tokenizer_json != hash_of_tokenizer(out):
         if manifest.tokenizer == "char":
-            whole = character_tokenizer(config, paths)
+            files = {"tokenizer.json": character_tokenizer(config, paths)}
         else:
-            whole = json.loads(Path(config.tokenizer).read_bytes())
+            files = given_files(config.tokenizer)
         with as_user_error(f"--tokenizer {config.tokenizer} cannot be used", "give another file"):
-            enc = OtherTokenizer({"tokenizer.json": json.dumps(whole).encode()})
+            enc = OtherTokenizer(files)
             if enc.eot_token is None:  # documents need something before them
-                enc.hf.add_special_tokens([END_OF_TEXT[0]])
-                enc = OtherTokenizer({"tokenizer.json": enc.hf.to_str().encode()})
+                enc.backend.add_special_tokens([END_OF_TEXT[0]])
+                enc = OtherTokenizer({"tokenizer.json": enc.backend.to_str().encode()})
             if enc.n_vocab > 2**16:
                 raise ValueError(f"it has {enc.n_vocab:,} ids, and shards hold at most 65,536")
-        end = enc.hf.id_to_token(enc.eot_token)
+            end = enc.backend.id_to_token(enc.eot_token)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end}
         settings |= {"eos_token": end, "clean_up_tokenization_spaces": False}
-        texts = {"tokenizer.json": enc.hf.to_str(), "tokenizer_config.json": json.dumps(settings)}
+        texts = {"tokenizer.json": enc.backend.to_str()}
+        texts["tokenizer_config.json"] = json.dumps(settings | enc.settings)
         for name, text in texts.items():
-            write_atomically(out / name, lambda file, text=text: file.write(text.encode()))
+            write_atomically(out / name, lambda f, text=text: f.write(text.encode()), manifest.rank)
     return hash_of_tokenizer(out)
 
 
@@ -444,7 +488,8 @@ def character_tokenizer(config, paths):
     ids = {character: id for id, character in enumerate(sorted(characters))}
     end = added_token(len(ids), END_OF_TEXT[0])
     model = {"type": "BPE", "vocab": ids | {end["content"]: end["id"]}, "merges": []}
-    return {"model": model, "added_tokens": [end], "decoder": {"type": "Fuse"}}
+    whole = {"model": model, "added_tokens": [end], "decoder": {"type": "Fuse"}}
+    return json.dumps(whole).encode()
 
 
 def hash_of_tokenizer(folder):
@@ -480,7 +525,7 @@ def list_shards(data_dir, split=None):
             found.setdefault(path.resolve(strict=True), path)
     paths = [path for path in found.values() if split in (None, split_of(path.name))]
     if split and not paths:
-        remedy = f"give another --data_dir, or make them: python fineweb.py --out {data_dir}"
+        remedy = f"give another --data_dir, or python fineweb.py --source FILES --out {data_dir}"
         raise UserError(f"{data_dir}: there are no {split} shards; {remedy}")
     for path, following in itertools.pairwise(paths):
         if path.stem == following.stem:
@@ -555,9 +600,14 @@ def open_tokens(data_dir, split):
 
 
 def describe_shards(data_dir):
-    """{name: [bytes, SHA-256]} of a folder's shards; None for a SHA-256 that no manifest has."""
+    """{name: [bytes, SHA-256]} of a folder's shards and of its tokenizer.json; None for a SHA-256
+    that no manifest has."""
     hashes = {shard.name: shard.sha256 for m in read_manifests(data_dir) for shard in m.shards}
-    return {p.name: [p.stat().st_size, hashes.get(p.name)] for p in list_shards(data_dir)}
+    tokenizer_json = Path(data_dir, "tokenizer.json")
+    extra = {}
+    if tokenizer_json.is_file():
+        extra = {"tokenizer.json": [tokenizer_json.stat().st_size, hash_of_tokenizer(data_dir)]}
+    return extra | {p.name: [p.stat().st_size, hashes.get(p.name)] for p in list_shards(data_dir)}
 
 
 # Manifests: what a folder of shards was made from, and whether it is intact -------------------
@@ -1152,10 +1202,7 @@ class Config:
     world_size: int = 1  # number of parts
     verify: str | None = None  # check this folder, make nothing
 
-    def __post_init__(self):
-        expand_home(self)
-        if self.tokenizer not in ("gpt2", "char") and os.path.isdir(self.tokenizer):
-            self.tokenizer = os.path.join(self.tokenizer, "tokenizer.json")
+    __post_init__ = expand_home
 
 
 class ShardWriter:
@@ -1230,11 +1277,13 @@ def open_manifest(config):
     out = config.out
     name = "manifest.json" if config.world_size == 1 else f"manifest_{config.rank:05d}.json"
     manifests = read_manifests(out)
-    for found, what in ((list_shards(out), "shards"), (hash_of_tokenizer(out), "a tokenizer.json")):
-        if found and not manifests:
-            raise UserError(f"{out} has {what} but no manifest; choose another --out, or delete it")
+    if not manifests and list_shards(out):
+        raise UserError(f"{out} has shards but no manifest; choose another --out, or delete it")
+    if not manifests and hash_of_tokenizer(out):
+        what = f"{out} has a tokenizer.json but no manifest"
+        raise UserError(f"{what}; choose another --out, or move that file elsewhere")
     begun = next((manifest for manifest in manifests if manifest.name == name), None)
-    other = name_tokenizer(config)
+    other = identify_tokenizer(config)
     revision, paths = find_files(config, begun)
     names, times = (paths, []) if revision else stat_files(paths)
     new = Manifest(
@@ -1255,7 +1304,10 @@ def open_manifest(config):
         chunk_rows=CHUNK_ROWS,
     )
     if begun and not begun.shards and not begun.complete:
-        manifests.remove(begun)  # nothing was written yet, so it does not matter how it began
+        manifests.remove(begun)  # no shard was written yet, so it does not matter how it began
+        if begun.tokenizer_json:
+            for tokenizer_file in ("tokenizer.json", "tokenizer_config.json"):
+                Path(out, tokenizer_file).unlink(missing_ok=True)
         begun = None
     for manifest in manifests:
         difference = manifest.difference(new)
@@ -1283,10 +1335,11 @@ def build(config):
     if manifest.complete:
         say(f"{out} is complete: nothing to do")
         return manifest
+    manifest.save(out)
     if manifest.tokenizer:
         manifest.tokenizer_json = write_tokenizer(config, manifest, paths)
+        manifest.save(out)
     writer = ShardWriter(manifest, out)
-    manifest.save(out)
     tokens_before = sum(shard.tokens for shard in manifest.shards)
     began = time.perf_counter()
     chunks = list_chunks(paths, config.text_column, manifest.consumed)

@@ -194,6 +194,8 @@ def encode(number, record, style, enc=None):
         whole_ids = [token_ids(context + " " + ending, enc).tolist() for ending in endings]
         ending_ids = [ids[len(context_ids) :] for ids in whole_ids]
         lengths = [len(ending) for ending in endings]
+    if not all([context_ids, *ending_ids]):
+        raise ValueError("the tokenizer does not know its characters")
     return Item(int(record.get("ind", number)), label, context_ids, ending_ids, lengths)
 
 
@@ -563,7 +565,7 @@ class Config:
     __post_init__ = expand_home
 
 
-CANNOT_PRINT = "the result cannot be printed", "free the disk or the terminal, or use --json"
+CANNOT_PRINT = "the result cannot be printed", "check the terminal or the disk, or use --json"
 
 
 def run(config):
@@ -602,8 +604,9 @@ def main(argv=None):
     config = tyro.cli(Config, args=argv, description=__doc__)
     try:
         if config.compare:
+            text = compare(*config.compare)
             with as_user_error(*CANNOT_PRINT):
-                print(compare(*config.compare), flush=True)
+                print(text, flush=True)
         else:
             run(config)
     except UserError as error:

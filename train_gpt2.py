@@ -286,7 +286,7 @@ def print_samples(model, args, autocast, n_samples=4, seed=42):
     """Print continuations of --prompt, each up to <|endoftext|>. autocast: mixed precision."""
     enc = fineweb.tokenizer_of(model)  # GPT-2's, unless another lies with the weights or the shards
     if enc is None:
-        return  # the shards hold ids of an unknown tokenizer
+        return  # no tokenizer is known, or it does not fit
     prompt = enc.encode_ordinary(args.prompt) or [enc.eot_token or 0]
     idx = torch.tensor([prompt] * n_samples, device=model.lm_head.weight.device)  # (B, T)
     with autocast:
@@ -930,18 +930,23 @@ def load_hellaswag(args, model):
 
 
 def real_vocab_size(model):
-    """The number of rows without those that pad GPT-2's vocabulary to 50304."""
+    """The number of rows, without padding from GPT-2's 50257 tokens to 50304."""
     size = model.config.vocab_size
-    padded = size == PADDED_VOCAB_SIZE and fineweb.tokenizer_of(model) is fineweb.tokenizer()
+    padded = size == PADDED_VOCAB_SIZE and fineweb.is_gpt2s(fineweb.tokenizer_of(model))
     return VOCAB_SIZE if padded else size
 
 
+GPT.tokenizer = None  # unknown; see fineweb.tokenizer_of
+
+
 def attach_tokenizer(model, args, checkpoint):
-    """Set model.tokenizer, which goes into checkpoints: what lies with the weights, else with the
+    """Set model.tokenizer, which goes into checkpoints: the one of the weights, or else of the
     shards that are trained on."""
     if checkpoint:
         model.tokenizer = fineweb.read_tokenizer(checkpoint["path"])
-    if getattr(model, "tokenizer", None) is None and not args.sample_only:
+    elif args.init_from != "scratch":
+        model.tokenizer = model.tokenizer or fineweb.tokenizer_of(model)  # perhaps GPT-2's
+    if model.tokenizer is None and not args.sample_only:
         model.tokenizer = fineweb.read_tokenizer(args.data_dir)
 
 
@@ -978,8 +983,7 @@ def save_hugging_face(model, directory):
     directory = Path(directory)
     vocab_size = real_vocab_size(model)
     enc = fineweb.tokenizer_of(model)
-    end_of_text = enc.eot_token if enc else None
-    ids = {name: end_of_text for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = fineweb.special_ids(enc)
     config = GPT2Config(
         n_layer=c.n_layer,
         n_head=c.n_head,
@@ -1004,8 +1008,9 @@ def save_hugging_face(model, directory):
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     with never_fatal("the permissions of model.safetensors"):  # save_file lets only us read it
         shutil.copymode(directory / "config.json", directory / "model.safetensors")
-    if enc := getattr(model, "tokenizer", None) or enc:  # also one that cannot be used here
-        fineweb.save_tokenizer(directory, enc, c.block_size)
+    to_save = model.tokenizer or enc  # model.tokenizer may be one that cannot be used here
+    if to_save:
+        fineweb.save_tokenizer(directory, to_save, c.block_size)
 
 
 GPT.save_pretrained = save_hugging_face  # the name that models of transformers have, too
@@ -1016,17 +1021,18 @@ def model_card(args, model, commit, step, records):
     trained, and its last evaluations. records: those of log.txt."""
     manifests = fineweb.read_manifests(args.data_dir)
     source = manifests[0].source if manifests and manifests[0].revision else []  # on the hub
-    header = ["license: mit", "language: en", "library_name: transformers"]
-    header += ["pipeline_tag: text-generation"]
+    header = ["library_name: transformers", "pipeline_tag: text-generation"]
+    openais = args.init_from.removeprefix("openai-community/") in hellaswag.OPENAI
+    header += ["license: mit"] if openais or args.init_from == "scratch" else []
+    header += ["language: en"] if fineweb.is_gpt2s(fineweb.tokenizer_of(model)) else []
     header += [f"datasets: [{source[0]}]"] if source else []
-    if args.init_from.removeprefix("openai-community/") in hellaswag.OPENAI:
-        header += [f"base_model: openai-community/{Path(args.init_from).name}"]
+    header += [f"base_model: openai-community/{Path(args.init_from).name}"] if openais else []
     n_tokens = tokens_before(step, args)
     rows = {
         "command": f"`{training_command(args)}` (commit {commit or 'unknown'})",
         "data": ", ".join(source) or Path(args.data_dir).name,
         "training": f"{step:,} of {args.max_steps:,} steps, {n_tokens:,} tokens",
-        "context": f"{model.config.block_size} tokens, trained on {args.seq_len}",
+        "context": f"{model.config.block_size} tokens; trained on sequences of {args.seq_len}",
     }
     for stream, name in (("val", "validation loss"), ("hella", "HellaSwag, acc_norm")):
         for record_step, record_stream, value in records:
@@ -1035,17 +1041,21 @@ def model_card(args, model, commit, step, records):
     padding = (model.config.vocab_size - real_vocab_size(model)) * model.config.n_embd
     title = f"# GPT-2 with {model.num_params() - padding:,} parameters"
     lines = ["---", *header, "---", "", title, ""]
+    rows = {name: " ".join(value.replace("|", "\\|").split()) for name, value in rows.items()}
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
     return "\n".join(lines)
 
 
 def training_command(args):
-    """The command that trains with these settings, without the paths of this machine."""
+    """A command that trains with these settings, without the paths of this machine."""
+    preset = PRESETS.get(args.model, "")  # what --model sets is always spelled out
     words = ["python", "train_gpt2.py"]
     for name, value in asdict(args).items():
         if name in PATHS:
-            value = Path(value).name if name in ("data_dir", "init_from") else getattr(Args, name)
-        if value == getattr(Args, name) or name in ("resume", "device", "compile", "wandb"):
+            shown = ("data_dir", "init_from")
+            value = Path(value).resolve().name if name in shown else getattr(Args, name)
+        skip = name in ("demo", "finetune", "resume", "device", "compile", "wandb")
+        if skip or (value == getattr(Args, name) and f"--{name} " not in preset):
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
@@ -1293,7 +1303,7 @@ class Run:
             with never_fatal(f"{path}/README.md cannot be written"):
                 commit, records = self.facts["versions"]["commit"], read_log(self.log_file.path)
                 card = model_card(self.args, self.model, commit, self.saved_step, records)
-                (path / "README.md").write_text(card)
+                (path / "README.md").write_text(card, encoding="utf-8")
 
     @torch.no_grad()
     def check_weights(self, step):
@@ -1629,8 +1639,8 @@ def find_oddities(args, model, loader, epochs, checkpoint):
     enc, other = fineweb.tokenizer_of(model), fineweb.read_tokenizer(args.data_dir)
     if enc is None and (args.sample_every or args.hellaswag_every):
         yield f"samples and HellaSwag are off: {fineweb.why_no_tokenizer(model)}"
-    if enc and other and getattr(enc, "vocabulary", 0) != getattr(other, "vocabulary", 0):
-        yield "the shards have another tokenizer than the weights, whose tokenizer samples use"
+    if enc and other and not fineweb.agree(enc, other):
+        yield "the shards were made with another tokenizer than the weights', which samples use"
     if epochs > 50 and not args.overfit_one_batch:
         yield f"{epochs:.0f} epochs are many; --epochs 3 or --finetune trains for fewer"
     if args.warmup_steps > args.max_steps:
@@ -1736,16 +1746,24 @@ def follow_text(args, given):
     """Set what follows from the shards, unless a flag says otherwise: --vocab_size from their
     tokenizer, and with --finetune a batch that leaves about ten steps or more in an epoch."""
     enc = fineweb.read_tokenizer(args.data_dir)
-    if enc and args.init_from == "scratch" and given.vocab_size is None:
-        V = PADDED_VOCAB_SIZE if enc is fineweb.tokenizer() else enc.n_vocab
-        args = replace(args, vocab_size=V)
-    if args.finetune and given.total_batch_size is None and given.micro_batch_size is None:
-        processes = environment_number("WORLD_SIZE", 1)
+    if args.init_from == "scratch" and given.vocab_size is None:
+        if enc and not fineweb.is_gpt2s(enc) and enc.n_vocab < math.inf:
+            args = replace(args, vocab_size=enc.n_vocab)
+    if args.finetune:
         n_tokens = len(fineweb.open_tokens(args.data_dir, "train"))
-        batch = min(args.total_batch_size, 2 ** max(4, (n_tokens // 9).bit_length() - 1))
-        T = int(given.seq_len or min(args.seq_len, max(1, batch // processes)))
-        args = replace(args, total_batch_size=max(batch, T * processes), seq_len=T)
+        if given.seq_len is None:  # so that the validation text, a tenth of all, holds a sequence
+            args = replace(args, seq_len=min(args.seq_len, power_of_two(n_tokens // 10)))
+        if given.total_batch_size is None:
+            B = 1 if args.micro_batch_size == "auto" else args.micro_batch_size
+            unit = B * args.seq_len * environment_number("WORLD_SIZE", 1)
+            batch = min(args.total_batch_size, power_of_two(n_tokens // 9))
+            args = replace(args, total_batch_size=unit * max(1, batch // unit))
     return args
+
+
+def power_of_two(n):
+    """The largest power of two up to n, but at least 16."""
+    return 2 ** max(4, n.bit_length() - 1)
 
 
 def saved_args(checkpoint):
@@ -1868,7 +1886,7 @@ def check_folders(args):
     log = out_dir / "log.txt"
     if not args.resume and log.exists() and log.stat().st_size:
         raise UserError(f"{out_dir} holds a run; add --resume, or choose another --out_dir")
-    if args.resume and not Path(args.data_dir).is_dir():
+    if args.resume and find_checkpoints(out_dir) and not Path(args.data_dir).is_dir():
         what = f"--resume: the run's --data_dir, {args.data_dir}, is not here"
         raise UserError(f"{what}; give --data_dir again, with the path that it has now")
     for split in ("train", "val") if args.val_every else ("train",):
@@ -1959,12 +1977,14 @@ def why_no_cuda():
     cuda, index = torch.version.cuda, "https://download.pytorch.org/whl"
     if not cuda:
         what = f"PyTorch {torch.__version__} has no CUDA for this machine's NVIDIA GPU"
-        return f"{what}; install it from {index}/cu130 (cu126 for a driver below 580)"
+        return f"{what}; pip install torch --index-url {index}/cu130 (cu126 below driver 580)"
     cause = "PyTorch cannot use this machine's NVIDIA GPU"
     try:
         torch.cuda.init()
     except Exception as error:  # in torch's words, such as: the driver is too old
         cause = innermost_cause(error).partition(" Please")[0].strip(".")[:70]
+    if "driver" not in cause:
+        return cause
     if cuda.startswith("12."):  # from NVIDIA's table of compatible versions
         return f"{cause}; CUDA {cuda} needs driver 525 or newer: update it"
     return (

@@ -35,6 +35,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from test_train import hellaswag_file
 
+import fineweb
 import train_gpt2
 from fineweb import UserError
 from train_gpt2 import (

@@ -3,6 +3,7 @@ checkpoints to samples, HellaSwag, hellaswag.py, and other programs."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,15 @@ import fineweb
 import hellaswag
 import train_gpt2
 from fineweb import EOT, VOCAB_SIZE, read_tokenizer, tokenizer, tokenizer_of
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, check_batch, check_folders
 
 TEXT = "Hello, I'm a language model, <|endoftext|> and naïve 東京 🙂\n"
+
+
+def gpt2_file(folder, name):
+    path = folder / f"gpt2_{name}"
+    path.write_bytes(fineweb.gpt2_files(64)[name])
+    return path
 
 
 def small_tokenizer(folder, size=280):
@@ -193,7 +200,7 @@ def test_weights_have_another_tokenizer_than_the_shards(tmp_path):
     fineweb.build_demo(tmp_path / "shards")
     flags = [*TRAIN, "--data_dir", tmp_path / "shards", "--out_dir", tmp_path / "out"]
     done = run_here(*flags, "--init_from", folder, "--max_steps", 2)
-    assert "the shards have another tokenizer than the weights" in done.stdout
+    assert "the shards were made with another tokenizer" in done.stdout
     same_tokenizer(tmp_path / "out" / "step_00002", folder)
 
 
@@ -231,6 +238,45 @@ def test_a_tokenizer_in_a_form_that_is_not_read_is_kept_and_not_replaced_by_gpt2
     saved = {path.name for path in (tmp_path / "out" / "step_00002").iterdir()}
     assert "spiece.model" in saved and "tokenizer.json" not in saved
     refused(run_here("--sample_only", "--init_from", folder, check=False), "no tokenizer.json")
+    for name in ("spiece.model", "vocab.txt"):  # beside shards it does not set --vocab_size
+        (tmp_path / "shards" / name).write_text("…")
+    args, _ = train_gpt2.parse(["--data_dir", str(tmp_path / "shards")])
+    assert args.vocab_size == 50304
+
+
+def test_gpt2s_tokenizer_with_a_chat_template_is_kept(tmp_path):
+    files = {name: content.decode() for name, content in fineweb.gpt2_files(64).items()}
+    folder = weights(tmp_path / "chat", files=files | {"chat_template.jinja": "{{ messages }}"})
+    assert read_tokenizer(folder) is not tokenizer()
+    GPT.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_pad_token_without_a_row_does_not_matter(tmp_path):
+    """A token that was added to the tokenizer, but not to the weights, occurs in no text."""
+    folder = weights(tmp_path / "padded")
+    theirs = GPT2Tokenizer(
+        *[str(gpt2_file(tmp_path, name)) for name in ("vocab.json", "merges.txt")]
+    )
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    theirs.save_pretrained(folder)
+    model = GPT.from_pretrained(folder)
+    assert model.config.vocab_size == VOCAB_SIZE < read_tokenizer(folder).n_vocab
+    enc = tokenizer_of(model)
+    assert enc.encode_ordinary("[PAD]") == tokenizer().encode_ordinary("[PAD]")
+    assert fineweb.vocab_size_of(model) == VOCAB_SIZE
+    model.save_pretrained(tmp_path / "saved")
+    same_tokenizer(tmp_path / "saved", folder)
+
+
+def test_openais_weights_on_shards_of_characters_are_a_warning(tmp_path):
+    """The weights decide: without a file, 50,257 rows are of GPT-2's tokens."""
+    folder, shards = weights(tmp_path / "gpt2"), write_shards(tmp_path / "shards", vocab=280)
+    small_tokenizer(shards)
+    flags = [*TRAIN, "--data_dir", shards, "--out_dir", tmp_path / "out", "--init_from", folder]
+    done = run_here(*flags, "--max_steps", 2)
+    assert "the shards were made with another tokenizer" in done.stdout
+    assert read_tokenizer(tmp_path / "out" / "step_00002") is tokenizer()
 
 
 def test_the_end_of_text_is_what_the_tokenizers_settings_say(tmp_path):
@@ -365,6 +411,45 @@ def test_a_build_with_another_tokenizer_is_stopped_and_continued(jsonl, tmp_path
     assert ids_of(tmp_path / "out") == ids_of(tmp_path / "whole")
 
 
+def test_the_settings_beside_a_given_tokenizer_count(jsonl, tmp_path):
+    made = small_tokenizer(tmp_path / "given")
+    (tmp_path / "given" / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    assert build(jsonl, tmp_path / "out", "--tokenizer", str(tmp_path / "given")) == 0
+    enc = read_tokenizer(tmp_path / "out")
+    assert enc.eot_token == made.token_to_id("a") == ids_of(tmp_path / "out")[0]
+    assert enc.n_vocab == made.get_vocab_size()  # nothing was added
+    old = tmp_path / "old"
+    old.mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (old / name).write_bytes(fineweb.gpt2_files(64)[name])
+    assert build(jsonl, tmp_path / "out2", "--tokenizer", str(old)) == 0
+    assert ids_of(tmp_path / "out2")[:2] == [EOT, tokenizer().encode_ordinary("Hello")[0]]
+
+
+def test_what_a_stopped_build_left_is_not_taken_for_another_ones(jsonl, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "tokenize_all", stop)
+        assert build(jsonl, tmp_path / "out", "--tokenizer", "char") == 130
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert build(jsonl, tmp_path / "out") == 0
+    assert read_tokenizer(tmp_path / "out") is tokenizer()
+    assert ids_of(tmp_path / "out")[0] == EOT
+
+
+def test_a_build_that_cannot_write_its_tokenizer_continues_later(jsonl, tmp_path, monkeypatch):
+    def fail(*_):
+        raise fineweb.UserError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "hash_of_tokenizer", fail)
+        assert build(jsonl, tmp_path / "out", "--tokenizer", "char") == 2
+    assert build(jsonl, tmp_path / "out", "--tokenizer", "char") == 0
+    fineweb.verify(tmp_path / "out")
+
+
 def test_shards_and_their_tokenizer_must_fit(jsonl, tmp_path, capsys):
     out = tmp_path / "out"
     assert build(jsonl, out, "--tokenizer", "char") == 0
@@ -375,9 +460,10 @@ def test_shards_and_their_tokenizer_must_fit(jsonl, tmp_path, capsys):
         assert "was begun with" in capsys.readouterr().err
     assert build(jsonl, tmp_path / "new", "--tokenizer", "nowhere.json") == 2
     assert "--tokenizer nowhere.json cannot be read" in capsys.readouterr().err
-    (tmp_path / "wrong.json").write_text("{}")
-    assert build(jsonl, tmp_path / "new", "--tokenizer", str(tmp_path / "wrong.json")) == 2
-    assert "cannot be used" in capsys.readouterr().err
+    for text in ("{}", "no JSON", ""):
+        (tmp_path / "wrong.json").write_text(text)
+        assert build(jsonl, tmp_path / "new", "--tokenizer", str(tmp_path / "wrong.json")) == 2
+        assert "cannot be used" in capsys.readouterr().err
     flags = ["--tokenizer", "char", "--rank", "0", "--world_size", "2"]
     assert build(jsonl, tmp_path / "new", *flags) == 2
     assert "reads all of the text" in capsys.readouterr().err
@@ -394,7 +480,8 @@ def test_a_tokenizer_of_more_than_16_bits_is_refused(jsonl, tmp_path, capsys):
     words = {str(i): i for i in range(2**16)}  # <|endoftext|> would be one too many
     Tokenizer(models.WordLevel(words, unk_token="0")).save(str(tmp_path / "many.json"))
     assert build(jsonl, tmp_path / "out", "--tokenizer", str(tmp_path / "many.json")) == 2
-    assert "it has 65,537 ids" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "it has 65,537 ids" in capsys.readouterr().err
+    assert fineweb.list_shards(tmp_path / "out") == []
 
 
 # -- what follows from the text
@@ -406,7 +493,9 @@ def test_a_tokenizer_of_more_than_16_bits_is_refused(jsonl, tmp_path, capsys):
         (304_222, [], 32768, 1024),  # Shakespeare: nanoGPT's batch, 9.3 steps per epoch
         (7_939, [], 512, 512),
         (100, [], 16, 16),
-        (7_939, ["--total_batch_size", "2048"], 2048, 1024),
+        (10_245, [], 1024, 1024),  # the validation text, a ninth of it, holds a whole sequence
+        (7_939, ["--micro_batch_size", "3"], 1536, 512),
+        (7_939, ["--total_batch_size", "2048"], 2048, 512),
         (7_939, ["--seq_len=256"], 512, 256),
         (7_939, ["--seq-len", "1024"], 1024, 1024),
     ),
@@ -416,10 +505,14 @@ def test_finetunes_batch_follows_from_the_text(tmp_path, n_tokens, given, batch,
     args, _ = train_gpt2.parse(["--finetune", "--data_dir", str(tmp_path), *given])
     assert (args.total_batch_size, args.seq_len) == (batch, seq_len)
     assert args.max_steps == -(-2 * n_tokens // batch)  # two epochs
+    np.save(tmp_path / "x_val_0.npy", np.zeros(-(-n_tokens // 9), np.uint16))
+    check_batch(args, 1)
+    if n_tokens > 200 and seq_len < n_tokens // 9:
+        check_folders(replace(args, out_dir=str(tmp_path / "out")))
 
 
 def test_finetunes_batch_is_divided_among_processes(tmp_path, monkeypatch):
     np.save(tmp_path / "x_train_1.npy", np.zeros(7_939, np.uint16))
     monkeypatch.setenv("WORLD_SIZE", "4")
     args, _ = train_gpt2.parse(["--finetune", "--data_dir", str(tmp_path)])
-    assert (args.total_batch_size, args.seq_len) == (512, 128)
+    assert (args.total_batch_size, args.seq_len) == (2048, 512)  # the same sequences
