@@ -1215,7 +1215,7 @@ class ShardWriter:
         self.to_skip = manifest.consumed[2]  # tokens that earlier shards hold already
         self.manifest = manifest
         self.out = out
-        self.eot = (read_tokenizer(out) if manifest.tokenizer else tokenizer()).eot_token
+        self.eot = EOT
 
     def add(self, ids, skipped, position):
         """Take what `tokenize` made of the next chunk."""
@@ -1335,11 +1335,12 @@ def build(config):
     if manifest.complete:
         say(f"{out} is complete: nothing to do")
         return manifest
+    writer = ShardWriter(manifest, out)
     manifest.save(out)
     if manifest.tokenizer:
         manifest.tokenizer_json = write_tokenizer(config, manifest, paths)
         manifest.save(out)
-    writer = ShardWriter(manifest, out)
+        writer.eot = read_tokenizer(out).eot_token
     tokens_before = sum(shard.tokens for shard in manifest.shards)
     began = time.perf_counter()
     chunks = list_chunks(paths, config.text_column, manifest.consumed)

@@ -126,7 +126,9 @@ def test_an_error_while_reading_reaches_the_training_loop():
 def test_unusable_shards_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     empty = Args(data_dir=str(tmp_path / "empty"), out_dir=str(tmp_path / "out"))
-    with pytest.raises(UserError, match="no train shards; give another --data_dir, or make them:"):
+    with pytest.raises(
+        UserError, match="no train shards; give another --data_dir, or python fineweb.py --source"
+    ):
         check_folders(empty)
     without_val = Args(data_dir=str(numbered(tmp_path / "t", 2000)), out_dir=str(tmp_path / "out"))
     with pytest.raises(UserError, match="no val shards; give another --data_dir"):
