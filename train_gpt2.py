@@ -1673,9 +1673,10 @@ class Args(TrainConfig):
 
 
 PRESETS = {  # the flags that --demo, --finetune and --model stand for; other flags override them
-    # a real tokenizer and a real loss curve, in two minutes on two laptop cores
+    # a real tokenizer and a real loss curve, in minutes on two laptop cores; other programs expect
+    # a context of at least 256, of which the demo trains 128 positions
     "demo": """--data_dir demo/data --out_dir demo/log --n_layer 4 --n_head 4 --n_embd 128
-        --block_size 256 --seq_len 256 --total_batch_size 1024 --micro_batch_size 4 --max_steps 450
+        --block_size 256 --seq_len 128 --total_batch_size 1024 --micro_batch_size 8 --max_steps 450
         --warmup_steps 20 --max_lr 2e-3 --min_lr 2e-4 --val_every 90 --val_tokens 13824
         --hellaswag_every 0 --sample_every 225 --save_every 225 --no-compile
         --prompt 'The for statement is used to'""",
