@@ -425,8 +425,8 @@ def special_ids(enc):
     return {f"{name}_id": enc.special_id(name) or end for name in names}
 
 
-def save_tokenizer(directory, enc, context):
-    """Write a tokenizer's files. `context`: the longest context in tokens."""
+def save_tokenizer(directory, context, enc=None):
+    """Write the files of a tokenizer, by default GPT-2's. `context`: the longest context."""
     files = enc.files if isinstance(enc, OtherTokenizer) else gpt2_files(context)
     for name, content in files.items():
         Path(directory, name).write_bytes(content)

@@ -1010,7 +1010,7 @@ def save_hugging_face(model, directory):
         shutil.copymode(directory / "config.json", directory / "model.safetensors")
     to_save = model.tokenizer or enc  # model.tokenizer may be one that cannot be used here
     if to_save:
-        fineweb.save_tokenizer(directory, to_save, c.block_size)
+        fineweb.save_tokenizer(directory, c.block_size, to_save)
 
 
 GPT.save_pretrained = save_hugging_face  # the name that models of transformers have, too

@@ -171,7 +171,7 @@ def test_tokenizer_equals_hugging_faces():
 def test_saved_tokenizer_is_the_same_for_transformers(tmp_path):
     from transformers import AutoTokenizer
 
-    save_tokenizer(tmp_path, tokenizer(), 64)
+    save_tokenizer(tmp_path, 64)
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), tokenizer()
     for text in SAMPLES:
         plain = theirs(text, split_special_tokens=True)["input_ids"]
