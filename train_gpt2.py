@@ -686,6 +686,7 @@ def train(args, checkpoint=None):
 # ==============================================================================================
 
 import argparse
+import atexit
 import ctypes
 import errno
 import functools
@@ -2066,5 +2067,20 @@ def fail(sentence):
     sys.exit(2)
 
 
+def run_as_script():
+    """main(), but with several processes a process ends without Python's own clean-up. If a thread
+    of Gloo happens to free a tensor meanwhile, it aborts the process, and torchrun reports that a
+    finished run failed (https://github.com/pytorch/pytorch/issues/38228)."""
+    status = 1  # of a bug, after its traceback
+    if "RANK" in os.environ:
+        atexit.register(lambda: os._exit(status))  # runs after what is registered from here on
+    try:
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+        raise
+
+
 if __name__ == "__main__":
-    main()
+    run_as_script()

@@ -487,6 +487,25 @@ def test_a_terminal_that_closes_ends_the_run_as_its_signal_does(base, tmp_path):
     assert len(find_checkpoints(out)) == 1
 
 
+@pytest.mark.parametrize("rank, steps, status", [(None, 2, -6), (0, 2, 0), (0, -1, 2)])
+def test_an_abort_while_python_shuts_down_is_not_the_end_of_a_process(
+    base, tmp_path, rank, steps, status
+):
+    """A thread of Gloo that frees a tensor meanwhile aborts the process: torchrun would say that a
+    finished run failed, or that a mistake of the user (--max_steps -1) was a crash. Here an object
+    aborts when Python deletes it at the end; the first case shows that it does."""
+    code = "import os, sys\n\nclass Abort:\n    __del__ = lambda self, abort=os.abort: abort()\n\n"
+    (tmp_path / "sitecustomize.py").write_text(code + "sys.at_the_end = Abort()\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    if rank is not None:
+        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    flags = ["--max_steps", steps, "--warmup_steps", 1]
+    done = train(base[0], tmp_path / "out", *flags, check=False, env=env)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert ("done after" in done.stdout) == (steps > 0)
+
+
 @pytest.mark.parametrize(
     "error, ignored, recorded",
     [

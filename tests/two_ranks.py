@@ -18,4 +18,4 @@ if __name__ == "__main__":
     os.environ["LOCAL_RANK"] = "0"  # all processes use GPU 0
     init = dist.init_process_group
     dist.init_process_group = lambda *args, **kw: init("gloo")
-    train_gpt2.main()
+    train_gpt2.run_as_script()
