@@ -32,7 +32,7 @@ mkdir -p "$out" ${OUT:+"$OUT"} && echo "everything is in $out" >&2
 
 # Sizes: a batch of the recipe; SMALL: what a CPU does in seconds
 batch="--total_batch_size 524288" half="--total_batch_size 65536 --micro_batch_size 16"
-bench="--steps 10" turns=2 steps=40 thirty=27 big=64 small=16 huge=128 tests=""
+bench="--steps 10" turns=2 steps=40 thirty=27 big=64 small=16 huge=128 tests="" workers=6
 usual_of_all="" patience=3 # a part is stopped after so many times its usual seconds
 lecture="shipped compiled none"
 ladder="float32 tf32 bfloat16 compile flash vocab fused loss eager shipped"
@@ -41,7 +41,7 @@ if [ "${SMALL:-}" ]; then
     batch="--n_layer 1 --n_head 1 --n_embd 32 --seq_len 32 --total_batch_size 512"
     half="$batch --micro_batch_size 8" batch="$batch --compile" val=4096 steps=3
     bench="--steps 1 --seq_len 16" turns=1 thirty=1 big=2 small=1 huge=4
-    tests="attention or cached or adamw" usual_of_all=60 patience=9
+    tests="attention or cached or adamw" workers=2 usual_of_all=60 patience=9
     ladder="float32 eager" variants="none residual"
     [ -s "$items" ] && head -20 "$items" >"$out/items.jsonl" && items=$out/items.jsonl
 fi
@@ -116,7 +116,11 @@ ladder() { rungs $ladder --rounds 1; }
 variants() { rungs $variants --batch "$big" --rounds 1; }
 profile() { rungs none --batch "$big" --rounds 1 --profile "$out/profile.md"; }
 
-correctness() { python -m pytest -o addopts= -q tests/test_cuda.py -k "$tests"; }
+correctness() { # most of the time goes into starting processes and compiling: six tests at a time
+    local together=""
+    python -c "import xdist" 2>/dev/null && together="-n $workers"
+    python -m pytest -o addopts= -q $together tests/test_cuda.py -k "$tests"
+}
 run() { python train_gpt2.py $often "$@"; }
 float16() {
     rm -rf "$out/d"
