@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -340,11 +341,14 @@ def measure(rung, options):
 # All rungs, in turns, and the table -----------------------------------------------------------
 
 
-def run_child(key, rung, options, processes):
-    """What measure() found, or None if it failed."""
+def run_child(key, rung, options, processes, caches):
+    """What measure() found, or None if it failed. Each rung keeps its compiled graphs in a folder
+    of its own in `caches`: to PyTorch's cache, rungs that differ in the attention's kernel alone
+    are the same, and the second would get the first one's graph."""
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(command if rung.ddp is not None else []), *sys.argv]
     env = os.environ | {"PYTHONWARNINGS": "ignore"}
+    env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(caches) / key)
     if key == "base":
         env["LADDER_ROOT"] = str(options.base.resolve())
     done = subprocess.run([*command, "--child", key], stdout=subprocess.PIPE, text=True, env=env)
@@ -415,12 +419,13 @@ def main():
     processes = torch.cuda.device_count() if device.type == "cuda" else 2
     found = {key: [] for key in keys}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    with suppress(KeyboardInterrupt):  # the table then shows what was measured before
+    # After an interrupt, the table shows what was measured before.
+    with suppress(KeyboardInterrupt), TemporaryDirectory() as caches:
         for round in range(1, options.rounds + 1):
             for key in keys:
                 line = f"\rround {round}/{options.rounds}: {key}          "
                 print(line, end="", file=sys.stderr, flush=True)
-                if result := run_child(key, rungs[key], options, processes):
+                if result := run_child(key, rungs[key], options, processes, caches):
                     found[key].append(result)
     print(file=sys.stderr)
     rungs = {key: rungs[key] for key in keys}
