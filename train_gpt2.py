@@ -8,7 +8,7 @@
     python train_gpt2.py --init_from gpt2 --sample_only     # prints samples from OpenAI's GPT-2
 
 To learn how GPT-2 is trained, read from here to the end of train(). The code follows Andrej
-Karpathy's lecture "Let's reproduce GPT-2 (124M)". Its parts:
+Karpathy's lecture "Let's reproduce GPT-2 (124M)". The parts of the code:
 
     GPTConfig, CausalSelfAttention, MLP, Block, GPT ... the network, its initial weights, the loss
     GPT.from_pretrained ............................... OpenAI's weights
@@ -27,11 +27,11 @@ paths for CPUs, and the command line. You can skip it. These names come from the
 
     load_hugging_face ....... transformers' GPT2LMHeadModel, loaded by name or from a directory
     KVCache ................. keeps the keys and values of earlier tokens, for generate()
-    print0 .................. print on rank 0 only
+    print0 .................. print, in the first process (rank 0) only
     check_args .............. stops with a message if the settings cannot work
     use_cpu_kernels ......... on a CPU, swaps in faster code for attention and loss
     bfloat16_is_faster ...... times bfloat16 and float32 on this CPU
-    pick_micro_batch_size ... the largest micro-batch that divides the batch and fits in memory
+    pick_micro_batch_size ... the largest micro-batch (part of a batch) that fits in memory
     prefetch ................ reads the next batch in a thread while the current one trains
     load_hellaswag .......... the HellaSwag examples, or None
     Run ..................... log.txt, checkpoint files, console output, Ctrl-C
@@ -86,7 +86,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head  # GPT-2 (124M): 12 heads of 64 channels
         # A token's query says what it is looking for, its key says what it offers, and its value is
-        # what it passes on to the tokens whose queries match its key. Each head has its own.
+        # what it passes on to the tokens whose queries match its key. Each head has its own three.
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
@@ -101,8 +101,8 @@ class CausalSelfAttention(nn.Module):
         # puts almost all weight on one token, and almost no gradient gets through.
         # On recent NVIDIA GPUs, in bfloat16 or float16, the call below is flash attention (Dao et
         # al. 2022). It computes att tile by tile in fast on-chip memory, keeping running sums of
-        # exp(att) and exp(att) @ v. The (B, H, T, T) matrix is never stored (backward() computes
-        # the tiles again): moving it to main memory and back would take longer than the arithmetic.
+        # exp(att) and exp(att) @ v. The (B, H, T, T) matrix is never stored, because moving it to
+        # GPU memory and back would take longer than the arithmetic; backward() computes it again.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenates the heads
         return self.c_proj(y)  # mixes the heads
@@ -124,7 +124,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention, then an MLP. Each reads a normalized copy of x, the residual stream, and adds its
-    output to x. Because x itself is only added to, gradients reach early layers undiminished.
+    output to x. Only additions change x itself, so gradients reach early layers directly.
     LayerNorm brings a token's C channels to mean 0 and variance 1; scale and bias are learned."""
 
     def __init__(self, config):
@@ -151,7 +151,7 @@ class GPT(nn.Module):
             "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token embeddings
             "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embeddings
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),  # hidden layers
-            "ln_f": nn.LayerNorm(config.n_embd),  # final
+            "ln_f": nn.LayerNorm(config.n_embd),  # final LayerNorm
         }
         self.transformer = nn.ModuleDict(layers)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -185,11 +185,11 @@ class GPT(nn.Module):
 
         targets: (B, T) int64, the token after each token of idx. If given, returns only the loss,
         the mean of -ln(probability of the target); returning the logits, too, would keep gigabytes
-        in memory. Untrained logits are small, so the V tokens are about equally likely, and the
-        loss is near -ln(1 / V) = ln V = 10.83 for V = 50304 (a little more: they are not equal)."""
+        in memory. Untrained logits are small, so all V tokens are about equally likely: the first
+        loss should be near -ln(1 / V) = ln V = 10.83 for V = 50304 (a bit more: logits vary)."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens > block_size {self.config.block_size}"
-        pos = torch.arange(T, device=idx.device)  # attention itself does not compare positions
+        pos = torch.arange(T, device=idx.device)  # apart from its mask, attention ignores order
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x)
@@ -213,21 +213,22 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate):
         """AdamW (Loshchilov and Hutter 2019) keeps two running means per weight: m of its gradient
-        and v of its squared gradient, both corrected for their start at 0. A step adds
-        -lr * m / (sqrt(v) + eps) to the weight: about lr, whatever the size of the gradients, and
-        less if successive gradients disagree. m averages over about 1 / (1 - beta1) = 10 steps
-        (beta1 = 0.9), v over 20 (beta2 = 0.95): GPT-3's values (appendix B). With PyTorch's default
-        of 0.999 (1000 steps), v lags as gradients grow: the divisor is too small, steps too large.
+        g, m = beta1 * m + (1 - beta1) * g, and v of g**2, with beta2; both are corrected for their
+        start at 0. A step adds -lr * m / (sqrt(v) + eps) to the weight. Its size is about lr for
+        gradients of any scale, and less if successive gradients disagree. m averages over about
+        1 / (1 - 0.9) = 10 steps, v over 1 / (1 - 0.95) = 20: GPT-3's values (appendix B). With
+        PyTorch's default beta2 of 0.999 (1000 steps), v lags behind while gradients grow: the
+        divisor is too small, and the steps are too large.
 
         Weight decay bypasses m and v: it multiplies a weight by 1 - lr * weight_decay in each step.
         So no single weight grows very large, and many share the work. Biases and LayerNorm scales
-        are exempt: biases multiply no input, and a scale near 0 would silence its channel."""
+        are exempt: biases do not multiply inputs, and a scale near 0 would silence its channel."""
         params = list(self.parameters())
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # fused: a few GPU programs (kernels) do the whole update, instead of one per operation
+        # fused: a few GPU programs (kernels) do the whole update; one per operation is slower
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def num_params(self):
@@ -249,12 +250,12 @@ class GPT(nn.Module):
         text is safer and more repetitive; above 1, it varies more; 0 takes the most likely one.
         top_p then keeps the smallest set of tokens with at least that total probability: few where
         the model is sure, many where it is not."""
-        # Same logits, only faster: the cache computes just the new token until idx gets cropped.
+        # The cache gives the same logits faster: it computes only new tokens, until idx is cropped.
         next_logits = KVCache(self).next_logits if use_cache else self.next_logits
         generator = torch.Generator(idx.device).manual_seed(seed)
         if temperature == 0:
             temperature, top_k = 1.0, 1
-        n_tokens = fineweb.vocab_size_of(self)  # V, less the rows that only pad the vocabulary
+        n_tokens = fineweb.vocab_size_of(self)  # V without the ids that only pad the vocabulary
         k = min(top_k or n_tokens, n_tokens)  # top_k = 0: all
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # crop to the longest context
@@ -282,21 +283,6 @@ def transpose_conv1d(name, tensor):
     return tensor.t().contiguous() if name.endswith(conv1d) else tensor
 
 
-def print_samples(model, args, autocast, n_samples=4, seed=42):
-    """Print continuations of --prompt, each up to <|endoftext|>. autocast: mixed precision."""
-    enc = fineweb.tokenizer_of(model)  # GPT-2's, unless another lies with the weights or the shards
-    if enc is None:
-        return  # no tokenizer is known, or it does not fit
-    prompt = enc.encode_ordinary(args.prompt) or [enc.eot_token or 0]
-    idx = torch.tensor([prompt] * n_samples, device=model.lm_head.weight.device)  # (B, T)
-    with autocast:
-        options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=seed)
-        idx = model.generate(idx, args.sample_tokens, **options)
-    for tokens in idx[:, len(prompt) :].tolist():
-        end = tokens.index(enc.eot_token) if enc.eot_token in tokens else len(tokens)
-        print0(">", args.prompt + enc.decode(tokens[:end], errors="ignore"))  # no half characters
-
-
 # Settings -------------------------------------------------------------------------------------
 
 # GPT-2's 50257 tokens, padded with 47 unused ids to a multiple of 128. GPU kernels cut matrices
@@ -315,12 +301,12 @@ SIZES = {  # really 124M, 355M, 774M and 1558M parameters; the counts in GPT-2's
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run (`args` everywhere). The defaults train GPT-2 (124M) on 10B tokens.
+    """The settings of a run (called args below). The defaults train GPT-2 (124M) on 10B tokens.
     Each field is also a command-line option, such as --max_lr 3e-4. (--demo, --finetune and other
     models have other defaults, in PRESETS below the double line.)"""
 
     # input and output
-    data_dir: str = "edu_fineweb10B"  # shards of tokens, written by fineweb.py
+    data_dir: str = "edu_fineweb10B"  # fineweb.py's shards (files of tokens): educational web pages
     out_dir: str = "log"  # log.txt and checkpoints
     init_from: str = "scratch"  # random weights; or gpt2 ... gpt2-xl, or a directory
     resume: bool = False  # continue from out_dir's newest checkpoint; flags override its settings
@@ -338,7 +324,7 @@ class TrainConfig:
     seq_len: int = 1024  # tokens per sequence
     shuffle: bool = True  # visit the sequences in a new random order in each epoch
     seed: int = 1337  # for the initial weights and the shuffling
-    overfit_one_batch: bool = False  # bug test: trains on one (small!) batch; loss must approach 0
+    overfit_one_batch: bool = False  # bug test: on one (small) batch, the loss must approach 0
     # optimizer: GPT-3, appendix B, except the length of the run
     max_steps: int = 19073  # 10e9 tokens / 2**19
     warmup_steps: int = 715  # 375M tokens / 2**19
@@ -367,8 +353,8 @@ class TrainConfig:
 
 def get_lr(step, args):
     """Learning rate of a step, counted from 0: linear warm-up, then cosine decay (GPT-3, appendix
-    B). Warm-up: steps stay small while gradients change too fast for AdamW's means. Decay: large
-    steps get near the minimum, small ones settle into it; the cosine gives both more time."""
+    B). Warm-up: steps stay small while AdamW's means rest on few, quickly changing gradients.
+    Decay: large steps get near the minimum, small ones settle in it; a cosine has more of both."""
     if step < args.warmup_steps:
         return args.max_lr * (step + 1) / args.warmup_steps
     progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
@@ -378,8 +364,8 @@ def get_lr(step, args):
 
 def get_batch_size(step, args):
     """Tokens in a step. Early in training all examples give similar gradients, so a smaller and
-    cheaper batch suffices. GPT-3 grew its batch linearly from 32k tokens over the first 4-12
-    billion tokens (appendix B). Here it is 1/8, 1/4, 1/2, each for a third of batch_ramp_steps."""
+    cheaper batch suffices. GPT-3 grew its batch linearly from 32k tokens in the first 4-12 billion
+    (appendix B). Here it is 1/8, 1/4, 1/2 of the batch, each for a third of batch_ramp_steps."""
     if step >= args.batch_ramp_steps:
         return args.total_batch_size
     stage = 3 * step // args.batch_ramp_steps  # 0, 1, 2
@@ -400,8 +386,8 @@ class DataLoaderLite:
     sequences of T + 1 tokens that overlap by one: the last target of a sequence is the first input
     of the next.
 
-    For given settings, a step's batch depends only on its number. So a checkpoint needs no position
-    in the data, and 8 GPUs, which share each batch, see the same batches as one GPU."""
+    For given settings, a step's batch depends only on its number. So a checkpoint need not store a
+    position in the data, and 8 GPUs, which share each batch, see the same batches as one GPU."""
 
     def __init__(self, args, split, B, rank=0, world_size=1, device=torch.device("cpu")):
         self.args, self.B, self.T = args, B, args.seq_len
@@ -441,13 +427,6 @@ class DataLoaderLite:
         return rows[:, :-1], rows[:, 1:]
 
 
-def due(every, step, run):
-    """True at step 0, at multiples of `every`, and after the last step; False once a signal such as
-    Ctrl-C asks to stop. All ranks must call this together: stop_requested() asks all of them."""
-    now = every > 0 and (step % every == 0 or step == run.args.max_steps)
-    return now and not run.stop_requested()
-
-
 @torch.no_grad()
 def evaluate(model, raw_model, loader, val_tokens, autocast):
     """Mean loss on text that training never sees, so memorizing does not lower it. It is always the
@@ -457,7 +436,7 @@ def evaluate(model, raw_model, loader, val_tokens, autocast):
     totals = torch.zeros(2, device=loader.device)  # sum of losses, number of sequences
     for indices in loader.split_by_rank(range(n_sequences)):
         x, y = loader.load(indices)
-        # For a shorter last batch torch.compile would compile again, so raw_model computes it.
+        # model is compiled; a shorter last batch would compile it again, so raw_model takes that.
         network = model if len(x) == loader.B else raw_model
         with autocast:
             loss = network(x, y)
@@ -503,9 +482,9 @@ def pick_dtype(name, device):
 
     Bits for      exponent (range)  mantissa (precision)
         float32          8                 23
-        TF32             8                 10    float32 in memory; rounded factors multiply faster
+        TF32             8                 10    float32 in memory; rounded for faster products
         bfloat16         8                  7    half the bytes, twice TF32's peak speed
-        float16          5                 10    as fast as bfloat16; its range needs a scaler"""
+        float16          5                 10    as fast, but so small a range needs a scaler"""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -519,8 +498,8 @@ def pick_dtype(name, device):
 
 def training_step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
     """One optimizer step on micro_batches, a list of (inputs, targets) of equal size. Returns two
-    tensors: this process's mean loss, and the norm before clipping of the gradient (which DDP has
-    averaged over all processes). scaler (see train) acts only in float16."""
+    tensors: this process's mean loss, and the norm that the gradient, which DDP has averaged over
+    all processes, had before it was clipped. scaler (see train) acts only in float16."""
     grad_accum_steps = len(micro_batches)  # the whole batch at once would not fit in memory
     mean_loss = 0.0
     optimizer.zero_grad()
@@ -540,10 +519,10 @@ def training_step(model, micro_batches, optimizer, scaler, autocast, grad_clip):
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)  # divide the gradients by the scaler's factor, before clipping
-    # If the norm of the whole gradient exceeds grad_clip, scale it down to that norm. Otherwise one
-    # unusual batch would dominate AdamW's running means for many steps.
+    # If the norm of the whole gradient exceeds grad_clip, scale it down to that norm. Without
+    # this, one unusual batch would dominate AdamW's running means for many steps.
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # 0: no limit
-    if norm.isfinite():  # else (overflow) all ranks skip the step: DDP gave all one gradient
+    if norm.isfinite():  # else (overflow) skip the step, on all ranks: their gradients are equal
         scaler.step(optimizer)  # AdamW
     scaler.update()
     return mean_loss, norm
@@ -565,7 +544,6 @@ def build_model(args, checkpoint=None):
     elif args.init_from != "scratch":
         model = GPT.from_pretrained(args.init_from)
     else:
-        # --n_layer, --n_head and --n_embd override --model
         shape = {name: getattr(args, name) or n for name, n in SIZES[args.model].items()}
         block_size = args.block_size or max(1024, args.seq_len)
         torch.manual_seed(args.seed)  # drawn on the CPU, so every device gets identical weights
@@ -573,11 +551,33 @@ def build_model(args, checkpoint=None):
     return model
 
 
+def due(every, step, run):
+    """True at step 0, at multiples of `every`, and after the last step; False once a signal such as
+    Ctrl-C asks to stop. All ranks must call this together: stop_requested() asks all of them."""
+    now = every > 0 and (step % every == 0 or step == run.args.max_steps)
+    return now and not run.stop_requested()
+
+
+def print_samples(model, args, autocast, n_samples=4, seed=42):
+    """Print continuations of --prompt, each up to <|endoftext|>."""
+    enc = fineweb.tokenizer_of(model)  # GPT-2's, unless the weights or the shards come with another
+    if enc is None:
+        return  # no tokenizer is known, or it does not fit
+    prompt = enc.encode_ordinary(args.prompt) or [enc.eot_token or 0]
+    idx = torch.tensor([prompt] * n_samples, device=model.lm_head.weight.device)  # (B, T)
+    with autocast:
+        options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=seed)
+        idx = model.generate(idx, args.sample_tokens, **options)
+    for tokens in idx[:, len(prompt) :].tolist():
+        end = tokens.index(enc.eot_token) if enc.eot_token in tokens else len(tokens)
+        print0(">", args.prompt + enc.decode(tokens[:end], errors="ignore"))  # no split characters
+
+
 def train(args, checkpoint=None):
     """Train from the start, or continue from a checkpoint (a dict, see state below).
 
-    Milliseconds per step that the lecture measured on one A100, with 16,384 tokens per step (here
-    32 times as many), each change added to the last: float32 1000; TF32 333; bfloat16 300 (memory
+    The lecture measured these milliseconds per step of 16,384 tokens (here 32 times as many) on one
+    A100, each change added to those before it: float32 1000; TF32 333; bfloat16 300 (memory
     traffic now limits it); torch.compile 130; flash attention 96; V = 50304: 93; fused AdamW 90."""
     rank, world_size, device = init_distributed(args.device)
     check_args(args, world_size, checkpoint)
@@ -588,7 +588,7 @@ def train(args, checkpoint=None):
     use_amp = args.dtype != "float32"  # automatic mixed precision
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=use_amp)
     # In float16, activations' gradients below about 3e-8 become 0 before they reach .grad. So the
-    # scaler multiplies the loss, and hence all gradients, by a large factor; overflows lower it.
+    # scaler multiplies the loss, hence all gradients, by a large factor, lowered after overflows.
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
 
     raw_model = build_model(args, checkpoint).to(device)
@@ -604,7 +604,7 @@ def train(args, checkpoint=None):
         use_cpu_kernels(raw_model, args)
     # The micro-batch size B changes speed and memory, but not the result (up to rounding).
     B = pick_micro_batch_size(args, raw_model, world_size, autocast, checkpoint)
-    model = raw_model  # all three share the weights; only training needs ddp_model
+    model = raw_model  # raw_model, model, ddp_model share weights; only training needs ddp_model
     if args.compile:
         # torch.compile fuses the operations between matrix products (LayerNorm, GELU, additions)
         # into a few kernels, so that intermediate results need not go to GPU memory and back. It
@@ -613,8 +613,8 @@ def train(args, checkpoint=None):
         model = torch.compile(raw_model, dynamic=False)
     ddp_model = model
     if dist.is_initialized():
-        # DDP broadcasts rank 0's weights and averages the gradients of all processes in each step,
-        # so that all take the same steps and their weights stay equal.
+        # DDP broadcasts rank 0's weights once, here, and in each step averages the gradients of all
+        # processes, so that all take the same steps and their weights stay equal.
         ddp_model = DDP(model)
 
     train_loader = DataLoaderLite(args, "train", B, rank, world_size, device)
@@ -646,9 +646,9 @@ def train(args, checkpoint=None):
             print0(f"step {step}: validation loss {val_loss:.4f}")
             run.log(step, val=val_loss)
         if examples and due(args.hellaswag_every, step, run):
-            # Common sense: 10,042 contexts with four endings each, one of them right. As the model
-            # predicts tokens, its answer is the ending whose tokens have, after the context, the
-            # lowest mean loss (acc_norm; a sum favors short endings). Guessing 0.25, GPT-2 0.2955.
+            # HellaSwag tests common sense: 10,042 contexts with four endings, one of them right.
+            # The model's answer is the ending whose tokens have the lowest mean loss, given the
+            # context (acc_norm; a sum favors short endings). Guessing scores 0.25, GPT-2 0.2955.
             with autocast:
                 score = hellaswag.evaluate(raw_model, examples, device, rank, world_size)
             print0(f"step {step}: HellaSwag accuracy {score.acc_norm:.4f} on {score.n} examples")
