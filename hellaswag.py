@@ -70,8 +70,8 @@ import torch.nn.functional as F
 import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fineweb import Progress, UserError, as_user_error, expand_home, never_fatal, prepare_streams
-from fineweb import read_tokenizer, say, token_ids, tokenizer_of, why_no_tokenizer
+from fineweb import Progress, UserError, as_user_error, available_cores, expand_home, never_fatal
+from fineweb import prepare_streams, read_tokenizer, say, token_ids, tokenizer_of, why_no_tokenizer
 
 REPO = "Rowan/hellaswag"  # a dataset on huggingface.co
 REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # of REPO
@@ -494,15 +494,18 @@ def load_gpt2(name):
         if settings.get("add_cross_attention"):
             raise UserError(f"{name} is a GPT-2 with cross-attention; give one without it")
         config = GPT2Config.from_dict(settings)
-        weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
-        objects = 20_000 * config.n_layer  # bytes for Python's objects, about 20 kB a layer
-        check_memory(4 * weights + objects, name)
+        check_memory(model_bytes(config.n_layer, config.n_embd, config.vocab_size), name)
         model, info = GPT2LMHeadModel.from_pretrained(  # check_weights reports mismatched sizes
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
     check_weights(name, info)
     model.tokenizer = read_tokenizer(name)
     return model.float()
+
+
+def model_bytes(n_layer, n_embd, vocab_size):
+    """Memory of a GPT-2: its weights in float32, and about 20 kB of Python objects per layer."""
+    return 4 * (12 * n_layer * n_embd**2 + vocab_size * n_embd) + 20_000 * n_layer
 
 
 def check_name(name):
@@ -576,6 +579,7 @@ def run(config):
     with as_user_error(f"--device {name} cannot be used", "choose --device auto"):
         torch.zeros(1, device=name)
     device = torch.device(name)
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # a container's share
     dtype = getattr(torch, config.dtype)
     if config.json:
         partial_path(config.json)  # refuses an impossible path before the work begins

@@ -699,6 +699,7 @@ import subprocess
 import sys
 import timeit
 import zipfile
+import zlib
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -709,7 +710,8 @@ from pathlib import Path
 import tyro
 from filelock import FileLock, Timeout
 
-from fineweb import VOCAB_SIZE, UserError, as_user_error, never_fatal, say
+from fineweb import VOCAB_SIZE, UserError, as_user_error, never_fatal, say, sync_folder
+from fineweb import write_atomically
 
 # The same network computed in other ways, and what suits this machine -------------------------
 
@@ -875,8 +877,8 @@ def pick_micro_batch_size(args, model, world_size, autocast, checkpoint=None):
 
 
 def sequences_that_fit(args, model, autocast):
-    """How many sequences of one micro-batch fit in the free memory of this GPU, at least 1. Two
-    small forward and backward passes show how much memory a sequence takes."""
+    """How many sequences of one micro-batch fit in the free memory of this GPU, at least 1. The
+    difference of two forward and backward passes shows how much memory a sequence takes."""
     device = model.lm_head.weight.device
 
     def peak(B):
@@ -886,10 +888,12 @@ def sequences_that_fit(args, model, autocast):
         with autocast:
             loss = model(idx, idx)
         loss.backward()
-        model.zero_grad(set_to_none=True)
         return torch.cuda.max_memory_allocated(device) - before
 
-    bytes_per_sequence = max(1, peak(2) - peak(1))  # torch.compile will need less
+    n = max(1, 1024 // args.seq_len)  # with fewer tokens, other memory would hide the difference
+    peak(n)  # makes the gradients, which stay, and the libraries' buffers
+    bytes_per_sequence = max(1, (peak(2 * n) - peak(n)) // n)  # torch.compile will need less
+    model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     free -= 4 * 4 * model.num_params()  # gradients, DDP's copy of them, AdamW's two means
@@ -905,7 +909,7 @@ def prefetch(loader):
             torch.cuda.set_device(loader.device)  # a new thread starts with GPU 0
 
     thread = ThreadPoolExecutor(1, initializer=use_own_gpu)
-    futures = {}  # {step: its micro-batches, or the promise of them}
+    futures = {}  # {step: the Future of its micro-batches}
 
     def get_micro_batches(step):
         if step not in futures:
@@ -931,9 +935,9 @@ def load_hellaswag(args, model):
 
 
 def real_vocab_size(model):
-    """The number of rows, without padding from GPT-2's 50257 tokens to 50304."""
+    """How many rows of the vocabulary to save: without those that pad GPT-2's 50257 to 50304."""
     size = model.config.vocab_size
-    padded = size == PADDED_VOCAB_SIZE and fineweb.is_gpt2s(fineweb.tokenizer_of(model))
+    padded = size == PADDED_VOCAB_SIZE and fineweb.is_gpt2_tokenizer(fineweb.tokenizer_of(model))
     return VOCAB_SIZE if padded else size
 
 
@@ -1023,11 +1027,11 @@ def model_card(args, model, commit, step, records):
     manifests = fineweb.read_manifests(args.data_dir)
     source = manifests[0].source if manifests and manifests[0].revision else []  # on the hub
     header = ["library_name: transformers", "pipeline_tag: text-generation"]
-    openais = args.init_from.removeprefix("openai-community/") in hellaswag.OPENAI
-    header += ["license: mit"] if openais or args.init_from == "scratch" else []
-    header += ["language: en"] if fineweb.is_gpt2s(fineweb.tokenizer_of(model)) else []
+    is_openai = args.init_from.removeprefix("openai-community/") in hellaswag.OPENAI
+    header += ["license: mit"] if is_openai or args.init_from == "scratch" else []
+    header += ["language: en"] if fineweb.is_gpt2_tokenizer(fineweb.tokenizer_of(model)) else []
     header += [f"datasets: [{source[0]}]"] if source else []
-    header += [f"base_model: openai-community/{Path(args.init_from).name}"] if openais else []
+    header += [f"base_model: openai-community/{Path(args.init_from).name}"] if is_openai else []
     n_tokens = tokens_before(step, args)
     rows = {
         "command": f"`{training_command(args)}` (commit {commit or 'unknown'})",
@@ -1035,10 +1039,10 @@ def model_card(args, model, commit, step, records):
         "training": f"{step:,} of {args.max_steps:,} steps, {n_tokens:,} tokens",
         "context": f"{model.config.block_size} tokens; trained on sequences of {args.seq_len}",
     }
+    last = {stream: (n, float(value)) for n, stream, value in records if n <= step}
     for stream, name in (("val", "validation loss"), ("hella", "HellaSwag, acc_norm")):
-        for record_step, record_stream, value in records:
-            if record_stream == stream and record_step <= step:  # the last one remains
-                rows[name] = f"{float(value):.4f} after {record_step:,} steps"
+        if stream in last:
+            rows[name] = "{1:.4f} after {0:,} steps".format(*last[stream])
     padding = (model.config.vocab_size - real_vocab_size(model)) * model.config.n_embd
     title = f"# GPT-2 with {model.num_params() - padding:,} parameters"
     lines = ["---", *header, "---", "", title, ""]
@@ -1051,12 +1055,12 @@ def training_command(args):
     """A command that trains with these settings, without the paths of this machine."""
     preset = PRESETS.get(args.model, "")  # what --model sets is always spelled out
     words = ["python", "train_gpt2.py"]
+    skipped = ("demo", "finetune", "resume", "device", "compile", "wandb", "out_dir")
     for name, value in asdict(args).items():
-        if name in PATHS:
-            shown = ("data_dir", "init_from")
-            value = Path(value).resolve().name if name in shown else getattr(Args, name)
-        skip = name in ("demo", "finetune", "resume", "device", "compile", "wandb")
-        if skip or (value == getattr(Args, name) and f"--{name} " not in preset):
+        if name in ("data_dir", "init_from"):
+            value = Path(value).resolve().name
+        is_default = value == getattr(Args, name) and f"--{name} " not in preset
+        if name in (*skipped, "hellaswag_data") or is_default:
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
@@ -1214,19 +1218,12 @@ def write_checkpoint(path, model, state):
             for file in temporary.iterdir():
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
+            sync_folder(temporary)
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
             sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sync_folder(folder):
-    """Put the names in a folder on the disk, for power cuts. Windows cannot open a folder."""
-    with suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        os.fsync(number)
-        os.close(number)
 
 
 class Run:
@@ -1260,9 +1257,8 @@ class Run:
             self.log_file = Log(args, self.first_step)
             add_to_run_json(args, self.first_step, self.facts)
             announce(args, model, train_loader, val_loader, checkpoint, self.facts)
-        for name in ("model", "optimizer", "scaler"):
-            if checkpoint:
-                checkpoint.pop(name, None)  # they are copied by now; free the memory
+        for name in ("model", "optimizer", "scaler") if checkpoint else ():
+            checkpoint.pop(name, None)  # they are loaded by now; free the memory
         catch_stop_signals()
 
     def stop_requested(self):
@@ -1290,7 +1286,9 @@ class Run:
             return
         self.check_weights(step)
         path = Path(self.args.out_dir) / f"step_{step:05d}"
-        self.remove_old_checkpoints(path)  # first, to make room
+        self.remove_old_checkpoints(step)  # first, to make room
+        with never_fatal("log.txt"):  # a power cut must not lose records from before a checkpoint
+            os.fsync(self.log_file.file.fileno())
         write_checkpoint(path, self.model, state | self.facts)
         self.saved_step = step
         self.saved_at = time.monotonic()
@@ -1314,11 +1312,12 @@ class Run:
         if not math.isfinite(loss):
             self.give_up(f"the loss after {step} steps is {loss}")
 
-    def remove_old_checkpoints(self, path):
-        """Keep the newest --keep_checkpoints beside `path`."""
-        others = [other for _, other in find_checkpoints(self.args.out_dir) if other != path]
+    def remove_old_checkpoints(self, step):
+        """Keep the newest --keep_checkpoints before this step. (Later ones are damaged: otherwise
+        --resume would have continued from them.)"""
+        older = [path for n, path in find_checkpoints(self.args.out_dir) if n < step]
         keep = self.args.keep_checkpoints
-        for old in others[:-keep]:  # of 0, none
+        for old in older[:-keep]:  # of 0, none
             with never_fatal(f"{old} cannot be removed"):
                 shutil.rmtree(old)
 
@@ -1383,7 +1382,10 @@ class Run:
         out_dir = shlex.quote(self.args.out_dir)
         saved = find_checkpoints(self.args.out_dir)
         if self.stopping:
-            print0(f"  python train_gpt2.py --resume --out_dir {out_dir}  # continues")
+            n = environment_number("LOCAL_WORLD_SIZE", 1)
+            torchrun = f"torchrun --nproc_per_node={n}"
+            command = torchrun if dist.is_torchelastic_launched() else "python"
+            print0(f"  {command} train_gpt2.py --resume --out_dir {out_dir}  # continues")
         elif saved:
             newest = shlex.quote(str(saved[-1][1]))
             print0(f"checkpoint: {newest}, which transformers can open, too. Next:")
@@ -1415,7 +1417,7 @@ class Log:
 
     A resumed run first drops the records that it will write again: those of training from its first
     step on, and evaluations after that step. Evaluations in that step are replaced if they are
-    repeated. Lines that are no records are kept."""
+    repeated. Lines that are not records are kept."""
 
     def __init__(self, args, first_step):
         self.path = Path(args.out_dir) / "log.txt"
@@ -1438,14 +1440,12 @@ class Log:
 
     def rewrite(self, keep):
         """Keep only the records for which keep(step, stream) is true, and open the file."""
-        text = self.path.read_text(errors="replace") if self.path.exists() else ""
-        lines = [line for line in text.splitlines(True) if line.endswith("\n")]  # complete ones
+        lines = complete_lines(self.path) if self.path.exists() else []
         records = map(parse_record, lines)
         kept = [x for x, record in zip(lines, records) if record is None or keep(*record[:2])]
-        temporary = self.path.with_suffix(".tmp")
-        with as_user_error(f"{self.path} cannot be written", "make room, then use --resume"):
-            temporary.write_text("".join(kept))
-            temporary.replace(self.path)
+        text, remedy = "".join(kept).encode(**TEXT), "make room, then use --resume"
+        write_atomically(self.path, lambda file: file.write(text), remedy=remedy)
+        with as_user_error(f"{self.path} cannot be written", remedy):
             self.file = self.path.open("a", buffering=1)
 
     def write(self, step, values):
@@ -1461,12 +1461,10 @@ class Log:
     def watch(self, step, values):
         """Pass records to TensorBoard and Weights & Biases. The first failure turns one off."""
         for name, watcher in list(self.watchers.items()):
-            failed = True
+            del self.watchers[name]
             with never_fatal(name):
                 watcher(values, step)
-                failed = False
-            if failed:
-                del self.watchers[name]
+                self.watchers[name] = watcher  # it did not fail, so it stays
 
     def close(self):
         self.file.close()
@@ -1474,23 +1472,30 @@ class Log:
 
 def parse_record(line):
     """(step, stream, value as text) of a line of log.txt, or None if the line is something else."""
-    with suppress(ValueError):  # a note is no number, or has more or fewer words
+    with suppress(ValueError):  # a note has more or fewer than three words, or no numbers
         step, stream, value = line.split()
         float(value)
         return int(step), stream, value
 
 
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # keeps all bytes of a user's notes
+
+
+def complete_lines(path):
+    """The lines of a log.txt that end with a newline."""
+    with open(path, **TEXT, newline="\n") as file:
+        return [line for line in file if line.endswith("\n")]
+
+
 def read_log(path):
     """The records of a log.txt: [(step, stream, value as text)]. Other lines are skipped."""
-    lines = Path(path).read_text(errors="replace").splitlines(keepends=True)
-    records = [parse_record(line) for line in lines if line.endswith("\n")]
-    return [record for record in records if record]
+    return [record for record in map(parse_record, complete_lines(path)) if record]
 
 
 def make_watchers(args, first_step):
     """{flag: function of ({stream: value}, step)} for --tensorboard and --wandb. In Weights &
     Biases every start is a run of its own; those of one folder are a group. UserError if the
-    package is not installed."""
+    package is not installed, or if a new run cannot use it."""
     watchers = {}
     if args.tensorboard:
         with as_user_error("--tensorboard cannot be used here", "pip install tensorboard"):
@@ -1505,9 +1510,11 @@ def make_watchers(args, first_step):
 
         watchers["--tensorboard"] = to_tensorboard
     if args.wandb:
-        with as_user_error("--wandb cannot be used here", "pip install wandb; wandb login"):
+        what, remedy = "--wandb cannot be used here", "pip install wandb; wandb login"
+        with as_user_error(what, remedy):
             import wandb
-
+        # A service that does not answer must not end a run that was started again.
+        with never_fatal("--wandb") if first_step else as_user_error(what, remedy):
             run = wandb.init(
                 project=args.wandb,
                 name=f"{args.out_dir} from step {first_step}",
@@ -1515,7 +1522,7 @@ def make_watchers(args, first_step):
                 config=asdict(args),
                 dir=args.out_dir,
             )
-        watchers["--wandb"] = run.log
+            watchers["--wandb"] = run.log
     return watchers
 
 
@@ -1526,9 +1533,8 @@ def add_to_run_json(args, first_step, facts):
         starts = json.loads(path.read_text()) if first_step and path.exists() else []
         time_now = f"{datetime.now():%F %T}"
         start = {"first_step": first_step, "started": time_now, "args": asdict(args), **facts}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps([*starts, start], indent=1))
-        temporary.replace(path)
+        text = json.dumps([*starts, start], indent=1)
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def describe_device(device):
@@ -1561,6 +1567,8 @@ PEAK_TFLOPS = """H100 PCIe 756, H100 NVL 835, H100 989, H200 NVL 835, H200 989, 
 def peak_flops(device):
     """Peak FLOP/s of one device, or None if it is not in the table."""
     words = f" {describe_device(device)} ".replace("-", " ")
+    if {"Laptop", "MIG", "D"} & set(words.split()):
+        return None  # slower than the card whose name it has
     for entry in PEAK_TFLOPS.split(","):
         name, tflops = entry.strip().rsplit(" ", 1)
         if f" {name} " in words:
@@ -1629,11 +1637,14 @@ def announce(args, model, loader, val_loader, checkpoint, facts):
             lines.append(f"there is nothing left to do: --max_steps is {args.max_steps}")
     elif args.init_from == "scratch":
         lines.append(f"the first loss should be near ln {V} = {math.log(V):.4f}: a uniform guess")
-    lines += [f"warning: {text}" for text in find_oddities(args, model, loader, epochs, checkpoint)]
+    lines += [
+        f"warning: {text}"
+        for text in find_likely_mistakes(args, model, loader, epochs, checkpoint, facts)
+    ]
     print0("\n".join(lines))
 
 
-def find_oddities(args, model, loader, epochs, checkpoint):
+def find_likely_mistakes(args, model, loader, epochs, checkpoint, facts):
     """Yield a warning for each setting that works but is probably not what the user wants."""
     if args.device == "auto" and loader.device.type == "cpu" and (why := why_no_cuda()):
         yield f"{why}. Training on the CPU takes much longer"
@@ -1643,12 +1654,12 @@ def find_oddities(args, model, loader, epochs, checkpoint):
     if enc and other and not fineweb.agree(enc, other):
         yield "the shards were made with another tokenizer than the weights', which samples use"
     if epochs > 50 and not args.overfit_one_batch:
-        yield f"{epochs:.0f} epochs are many; --epochs 3 or --finetune trains for fewer"
+        yield f"these are {epochs:.0f} epochs; --epochs 3 or --finetune trains for fewer"
     if args.warmup_steps > args.max_steps:
         yield "--warmup_steps is longer than the run"
     if args.min_lr > args.max_lr:
         yield "--min_lr is more than --max_lr, so the learning rate will rise"
-    if checkpoint and fineweb.describe_shards(args.data_dir) != checkpoint["shards"]:
+    if checkpoint and checkpoint.get("shards") not in (None, facts["shards"]):
         yield f"{args.data_dir} holds other shards than before"
     if args.dtype == "bfloat16" and loader.device.type == "cuda":
         if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -1733,6 +1744,7 @@ def parse(argv):
         defaults = replace(saved_args(checkpoint), out_dir=out_dir, resume=True)
     args = tyro.cli(Args, args=[*presets, *argv], default=defaults, description=__doc__)
     args = replace(args, **{name: os.path.expanduser(getattr(args, name)) for name in PATHS})
+    check_values(args)
     if args.demo and not args.sample_only:
         fineweb.build_demo(args.data_dir)
     if not args.sample_only:
@@ -1749,7 +1761,7 @@ def follow_text(args, given):
     tokenizer, and with --finetune a batch that leaves about ten steps or more in an epoch."""
     enc = fineweb.read_tokenizer(args.data_dir)
     if args.init_from == "scratch" and given.vocab_size is None:
-        if enc and not fineweb.is_gpt2s(enc) and enc.n_vocab < math.inf:
+        if enc and not fineweb.is_gpt2_tokenizer(enc) and enc.n_vocab < math.inf:
             args = replace(args, vocab_size=enc.n_vocab)
     if args.finetune:
         n_tokens = len(fineweb.open_tokens(args.data_dir, "train"))
@@ -1807,20 +1819,20 @@ def check_args(args, world_size, checkpoint=None):
     same data and the same checkpoint."""
     problem, shards = None, None
     try:
-        check_values(args)
-        check_network(args)
+        check_network(args, checkpoint)
         check_batch(args, world_size)
         check_folders(args)
         shards = fineweb.describe_shards(args.data_dir)
     except UserError as error:
         problem = str(error)
-    resumed = checkpoint and (Path(checkpoint["path"]).name, checkpoint["checksums"])
+    resumed = "no checkpoint"
+    if checkpoint:
+        checksum = zlib.crc32(str(checkpoint["checksums"]).encode())
+        resumed = f"{Path(checkpoint['path']).name} (checksum {checksum:08x})"
     problems, all_shards, all_resumed = zip(*gather((problem, shards, resumed)))
     if any(problems):
         raise UserError(next(filter(None, problems)))
-    if any(other != all_resumed[0] for other in all_resumed):
-        names = [other[0] if other else "no checkpoint" for other in all_resumed]
-        refuse_different_checkpoints(args.out_dir, [*names, "another one"])
+    refuse_different_checkpoints(args.out_dir, all_resumed)
     if any(other != all_shards[0] for other in all_shards):
         what = f"--data_dir {args.data_dir}: the processes see different shards there"
         raise UserError(f"{what}; copy the same shards to each machine")
@@ -1843,9 +1855,9 @@ def check_values(args):
         raise UserError("--prompt -: only --sample_only reads prompts from standard input")
 
 
-def check_network(args):
+def check_network(args, checkpoint=None):
     """UserError if the network cannot be made."""
-    if args.resume:
+    if checkpoint:
         return  # it was made before
     if args.init_from != "scratch":
         for name in () if args.demo else NETWORK:  # --demo itself sets some of these
@@ -1860,9 +1872,8 @@ def check_network(args):
     if args.block_size and args.seq_len > args.block_size:
         what = f"--seq_len {args.seq_len}: the model's context has {args.block_size} tokens"
         raise UserError(f"{what}; choose a smaller --seq_len")
-    C, n_layer = shape["n_embd"], shape["n_layer"]
-    size = 4 * C * (12 * C * n_layer + args.vocab_size)  # bytes
-    hellaswag.check_memory(size + 20_000 * n_layer, "--n_layer, --n_embd")  # with Python's objects
+    size = hellaswag.model_bytes(shape["n_layer"], shape["n_embd"], args.vocab_size)
+    hellaswag.check_memory(size, "--n_layer, --n_embd")
 
 
 def check_batch(args, world_size):
@@ -1904,8 +1915,7 @@ def check_folders(args):
 
 def sample(args, checkpoint):
     """--sample_only: print samples of the checkpoint or of --init_from."""
-    check_values(args)
-    check_network(args)
+    check_network(args, checkpoint)
     if args.init_from == "scratch" and not checkpoint:
         what = "--sample_only needs weights"
         raise UserError(f"{what}; add --init_from gpt2, or --init_from with a checkpoint's folder")
@@ -1926,12 +1936,11 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def check_environment():
     """Make torchrun's variables usable: an empty one counts as missing, and without RANK there is
     one process. UserError if RANK is set but the others are missing or wrong."""
+    one_of_several = os.environ.get("RANK", "").strip()
     for name in (*TORCHRUN, "LOCAL_WORLD_SIZE"):
-        if not os.environ.get(name, "").strip():
+        if not (one_of_several and os.environ.get(name, "").strip()):
             os.environ.pop(name, None)
-    if "RANK" not in os.environ:
-        for name in (*TORCHRUN, "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)
+    if not one_of_several:
         return
     remedy = "start several processes with torchrun, or unset RANK to train with one"
     missing = [name for name in TORCHRUN if name not in os.environ]
@@ -1957,6 +1966,9 @@ def check_device(name):
         why = name == "cuda" and why_no_cuda()
         why = why or "this machine has none; --device auto uses what it has"
         raise UserError(f"--device {name}: {why}")
+    if pick_device(name).type == "mps" and "RANK" in os.environ:
+        what = "--device mps: the processes of torchrun cannot exchange gradients there"
+        raise UserError(f"{what}; start without torchrun, or add --device cpu")
     processes = environment_number("LOCAL_RANK") + 1
     # Slurm may show each process only its own GPU; torchrun shows all GPUs to all processes.
     gpus = torch.cuda.device_count()
@@ -1970,7 +1982,7 @@ NVIDIA_FILES = ("/proc/driver/nvidia/version", "/dev/nvidia0")  # made by any ve
 
 
 def why_no_cuda():
-    """Why PyTorch cannot use the NVIDIA GPU of this machine, and how to mend it. None if it can, if
+    """Why PyTorch cannot use the NVIDIA GPU of this machine, and how to fix it. None if it can, if
     there is no such GPU, or if CUDA_VISIBLE_DEVICES hides it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     present = shutil.which("nvidia-smi") or any(map(os.path.exists, NVIDIA_FILES))
@@ -2068,7 +2080,7 @@ def fail(sentence):
 
 
 def run_as_script():
-    """main(), but with several processes a process ends without Python's own clean-up. If a thread
+    """Run main(). One of several processes ends without Python's own clean-up, because if a thread
     of Gloo happens to free a tensor meanwhile, it aborts the process, and torchrun reports that a
     finished run failed (https://github.com/pytorch/pytorch/issues/38228)."""
     status = 1  # of a bug, after its traceback

@@ -95,8 +95,8 @@ def masks_keep_away_from_cudnn(model):
     assert attended == [(True, False)] * layers + [(False, True)] * 2 * layers, attended
 
 
-def micro_batch(model, gigabytes):
-    """What `--micro_batch_size auto` takes on a GPU of that size, from the memory that its own two
+def micro_batch(model, gigabytes, seq_len):
+    """What `--micro_batch_size auto` takes on a GPU of that size, from the memory that its own
     passes take here."""
     with Memory() as memory:
         torch.cuda.reset_peak_memory_stats = lambda device: setattr(memory, "most", memory.now)
@@ -108,7 +108,7 @@ def micro_batch(model, gigabytes):
         torch.cuda.empty_cache = lambda: None
         torch.cuda.get_device_name = lambda device: "pretended GPU"
         autocast = torch.autocast("cuda", torch.bfloat16)
-        return T.pick_micro_batch_size(T.Args(), model, 1, autocast)
+        return T.pick_micro_batch_size(T.Args(seq_len=seq_len), model, 1, autocast)
 
 
 F.scaled_dot_product_attention = flash
@@ -119,5 +119,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     masks_keep_away_from_cudnn(small)
     tensor = torch.tensor
     torch.tensor = lambda value, device: value  # the number of sequences must be a real one
-    print({size: micro_batch(gpt2, size) for size in (16, 24, 40, 80, 141)}, flush=True)
+    for seq_len in (1024, 256):
+        sizes = {size: micro_batch(gpt2, size, seq_len) for size in (16, 24, 40, 80, 141)}
+        print(sizes, flush=True)
 os._exit(0)  # a CUDA build aborts in a normal exit, because it has no real device to release

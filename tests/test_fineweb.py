@@ -1,6 +1,7 @@
 """fineweb.py against a sequential reference, under kill -9, on full disks, with bad input."""
 
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -1898,3 +1900,44 @@ def test_open_shard_refuses_anything_else(tmp_path):
             open_shard(named(tmp_path / "bad.bin", data))
     with pytest.raises(UserError, match="none.npy"):
         open_shard(tmp_path / "none.npy")
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
+def test_no_file_stays_open_where_folders_or_streams_fail(tmp_path, monkeypatch):
+    """A folder that cannot be flushed (some network file systems), and a stream that is closed."""
+
+    def fsync(file):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    stream = open(tmp_path / "stream", "w")
+    stream.close()
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(sys, "stdout", stream)
+    before = open_files()
+    for _ in range(3):
+        fineweb.sync_folder(tmp_path)
+        fineweb.discard_what_cannot_be_written()
+    assert open_files() == before
+
+
+def test_help_begins_with_the_commands():
+    done = script("--help")
+    assert done.returncode == 0 and "python fineweb.py --verify" in done.stdout
+
+
+def test_a_vocabulary_that_is_missing_is_one_sentence(tmp_path, monkeypatch):
+    for spec in (None, SimpleNamespace(origin=str(tmp_path / "__init__.py"))):
+        monkeypatch.setattr(fineweb, "find_spec", lambda name, spec=spec: spec)
+        with pytest.raises(UserError, match="GPT-2's vocabulary is missing or damaged; pip"):
+            fineweb.read_vocabulary()
+
+
+def test_a_tokenizer_in_a_form_that_cannot_be_read_is_refused(source, tmp_path):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given/spiece.model").write_bytes(b"sentencepiece")
+    with pytest.raises(UserError, match="only tokenizer.json, or vocab.json with merges.txt, can"):
+        make(source, tmp_path / "out", tokenizer=str(tmp_path / "given"))

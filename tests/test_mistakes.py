@@ -34,6 +34,9 @@ WRONG = [
     ("--top_p 1.5", "--top_p 1.5: it must be more than 0, and at most 1"),
     ("--sample_only", "--sample_only needs weights"),
     ("--prompt -", "--prompt -: only --sample_only reads prompts from standard input"),
+    ("--micro_batch_size 0 --finetune", "--micro_batch_size 0: it must be at least 1"),
+    ("--resume --n_head 5", "--n_embd 32 is not a multiple of --n_head 5"),  # a loop's first start
+    ("--resume --init_from gpt2", "--n_layer: the weights of --init_from have a shape of their"),
     ("--n_head 5", "--n_embd 32 is not a multiple of --n_head 5"),
     ("--seq_len 64 --block_size 32", "--seq_len 64: the model's context has 32 tokens"),
     ("--n_layer 1000000000", "--n_layer, --n_embd: weights of"),
@@ -204,8 +207,12 @@ def test_a_full_disk(base, tmp_path, monkeypatch, room):
     before = {path: path.read_bytes() for path in (full / "step_00004").iterdir()}
     words = {1_000_000: "File too large", None: "No space left on device"}.get(room, "")
 
+    real_fsync = os.fsync
+
     def no_space(file):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if "tmp_step" in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real_fsync(file)
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:

@@ -338,9 +338,12 @@ def test_samples_of_a_run_may_have_another_seed(stopped):
     assert one.count("> ") == other.count("> ") == 4 and one != other
 
 
-def test_the_last_good_checkpoint_stays_until_the_next_is_written(stopped, base, monkeypatch):
-    """Even with --keep_checkpoints 1, where a damaged checkpoint has the name of the next one."""
-    (stopped / "step_00008").mkdir()
+@pytest.mark.parametrize("damaged", [8, 100])
+def test_the_last_good_checkpoint_stays_until_the_next_is_written(
+    stopped, base, monkeypatch, damaged
+):
+    """Even with --keep_checkpoints 1, where a damaged one has the name of the next, or a later."""
+    (stopped / f"step_{damaged:05d}").mkdir()
     before, real_write = [], train_gpt2.write_checkpoint
 
     def write(*args):
@@ -349,7 +352,9 @@ def test_the_last_good_checkpoint_stays_until_the_next_is_written(stopped, base,
 
     monkeypatch.setattr(train_gpt2, "write_checkpoint", write)
     run_here("--resume", "--out_dir", stopped, "--keep_checkpoints", 1)
-    assert before == [[4, 8]] and weights(stopped) == weights(base[1])
+    assert before == [[4, damaged]]
+    shutil.rmtree(stopped / "step_00100", ignore_errors=True)
+    assert weights(stopped) == weights(base[1])
 
 
 def test_a_run_gives_its_folder_back(base, tmp_path, monkeypatch):
@@ -573,6 +578,22 @@ def test_a_watcher_that_fails_is_turned_off(base, tmp_path, monkeypatch):
     assert records(tmp_path / "out") == records(base[1])
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_dashboard_that_does_not_answer_ends_no_resumed_run(
+    base, stopped, tmp_path, monkeypatch, resume
+):
+    """A shell loop would not try again after status 2. A new run is refused: the user is there."""
+    monkeypatch.setattr(FailingWatcher, "init", fail)
+    monkeypatch.setitem(sys.modules, "wandb", FailingWatcher())
+    if resume:
+        done = run_here("--resume", "--out_dir", stopped, "--wandb", "mine")
+        assert done.stdout.count("warning: --wandb: Operation not permitted") == 1
+        assert weights(stopped) == weights(base[1])
+    else:
+        done = train(base[0], tmp_path / "out", "--wandb", "mine", check=False)
+        refused(done, "--wandb cannot be used here")
+
+
 def fail(*args, **options):
     raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -582,7 +603,7 @@ def break_print(monkeypatch, out):
 
 
 def break_settings(monkeypatch, out):
-    monkeypatch.setattr(train_gpt2, "find_oddities", fail)
+    monkeypatch.setattr(train_gpt2, "find_likely_mistakes", fail)
 
 
 def break_speed(monkeypatch, out):

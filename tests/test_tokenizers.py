@@ -516,3 +516,56 @@ def test_finetunes_batch_is_divided_among_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     args, _ = train_gpt2.parse(["--finetune", "--data_dir", str(tmp_path)])
     assert (args.total_batch_size, args.seq_len) == (2048, 512)  # the same sequences
+
+
+def test_special_tokens_may_have_the_id_0(tmp_path):
+    """Hugging Face's trainers begin with <s> or <pad>."""
+    whole = json.loads(small_tokenizer(tmp_path).to_str())
+    vocab = {"<s>": 0, "<pad>": 1, "</s>": 2}
+    rest = (token for token in whole["model"]["vocab"] if token not in vocab)
+    vocab |= {token: id for id, token in enumerate(rest, start=3)}
+    whole["model"]["vocab"] = vocab
+    whole["added_tokens"] = [fineweb.added_token(id, token) for token, id in vocab.items() if id < 3]
+    settings = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
+    files = {"tokenizer.json": whole, "tokenizer_config.json": settings}
+    enc = fineweb.OtherTokenizer({name: json.dumps(x).encode() for name, x in files.items()})
+    ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    assert fineweb.special_ids(enc) == ids
+
+
+def test_another_text_in_the_same_folder_gets_its_own_characters(tmp_path):
+    """In one process, as in a notebook."""
+    for text in ("aaaa" * 200, "bcde" * 200):
+        (tmp_path / "text.txt").write_text(text)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        source, out = str(tmp_path / "text.txt"), str(tmp_path / "out")
+        fineweb.build(fineweb.Config(source, out=out, tokenizer="char", workers=0))
+        enc, ids = read_tokenizer(out), fineweb.open_tokens(out, "train")[:20]
+        assert enc.decode(ids.tolist()) in text
+
+
+def test_a_rank_that_starts_again_leaves_the_tokenizer_to_the_others(tmp_path, monkeypatch):
+    """Rank 1 was killed before its first shard. While it starts again, rank 0's shards are whole."""
+    small_tokenizer(tmp_path / "given")
+    for name in ("0.txt", "1.txt"):
+        (tmp_path / name).write_text("Hello, a language model " * 200)
+    parts = [
+        fineweb.Config(
+            str(tmp_path / "*.txt"),
+            out=str(tmp_path / "out"),
+            tokenizer=str(tmp_path / "given/tokenizer.json"),
+            workers=0,
+            rank=rank,
+            world_size=2,
+        )
+        for rank in (0, 1)
+    ]
+    fineweb.build(parts[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "tokenize_all", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fineweb.build(parts[1])
+    fineweb.open_manifest(parts[1])
+    assert read_tokenizer(tmp_path / "out").n_vocab == 280
+    fineweb.build(parts[1])
+    fineweb.verify(tmp_path / "out")

@@ -290,9 +290,12 @@ def test_resume_without_a_checkpoint_starts_at_step_0(base, tmp_path):
 def test_a_log_with_notes_only_is_continued(base, tmp_path):
     shards, out, _ = base
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/log.txt").write_text("# a note\n")
+    note = "# a note, caf\xe9: \u2028 \x0c \x85 ".encode() + b"caf\xe9\n"  # not all of it is UTF-8
+    (tmp_path / "out/log.txt").write_bytes(note)
     train(shards, tmp_path / "out", "--resume", "--save_every", 4)
-    assert records(tmp_path / "out") == ["# a note", *records(out)]
+    assert (tmp_path / "out/log.txt").read_bytes().startswith(note + b"0 val ")
+    for stream, values in log_of(out).items():
+        assert stream == "speed" or log_of(tmp_path / "out")[stream] == values
 
 
 def test_resuming_with_other_shards_is_warned_about(base, tmp_path):
@@ -547,6 +550,8 @@ def test_device_precision_and_peak(tiny, monkeypatch):
     names |= {"NVIDIA GB200": 2500, "NVIDIA B200": 2250, "NVIDIA B300 SXM6 AC": 2250}
     names |= {"NVIDIA H20": 148, "NVIDIA H200 NVL": 835, "NVIDIA RTX 6000 Ada Generation": 364}
     names |= {"NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 504, "NVIDIA L40": 181}
+    names |= {"NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GeForce RTX 4090 D": None}
+    names |= {"NVIDIA A100-SXM4-40GB MIG 1g.5gb": None}
     for name, tflops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
@@ -632,7 +637,7 @@ def test_the_micro_batch_size_on_a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
         args = Args(seq_len=32, total_batch_size=32 * batch)
         assert pick_micro_batch_size(args, model, world_size, OFF) == expected
-    assert model.seen == [2, 1] * 6
+    assert model.seen == [32, 64, 32] * 6  # passes of 1024 and of 2048 tokens
 
 
 # -- the command line

@@ -329,15 +329,15 @@ def test_ranks_with_different_checkpoints_are_refused(two_ranks):
     first.train(max_steps=2)
 
     def without_it(own):
-        problem, shards, resumed = own
-        return problem, shards, None
+        return *own[:2], "no checkpoint"
 
     def with_another(own):
-        problem, shards, (name, checksums) = own
-        return problem, shards, (name, [*checksums[:-1], 0])
+        assert re.fullmatch(r"step_00002 \(checksum [0-9a-f]{8}\)", own[2])
+        return *own[:2], "step_00002 (checksum 00000000)"
 
     def with_it(own):
-        return *own[:2], ("step_00002", [])
+        assert own[2] == "no checkpoint"
+        return *own[:2], "step_00002 (checksum 00000000)"
 
     for others in (without_it, with_another, with_it):
         for rank in two_ranks():
@@ -409,7 +409,7 @@ CXX = shutil.which("c++") or shutil.which("g++")
 @pytest.mark.skipif(not CXX, reason="needs a C++ compiler")
 def test_fake_cuda_tensors(tmp_path):
     """A step waits for the device once; attention with a mask does not use cuDNN; `auto` takes this
-    many sequences on GPUs of 16 to 141 GB. Runs in CPU and CUDA builds. See fake_cuda.py."""
+    many sequences of 1024 tokens, and of 256, on GPUs of 16 to 141 GB. Runs in CPU and CUDA builds. See fake_cuda.py."""
     root, library = Path(torch.__file__).parent, tmp_path / "fake_cuda.so"
     build = [CXX, "-std=c++20", "-shared", "-fPIC", ROOT / "tests/fake_cuda.cpp", "-o", library]
     flags = [f"-I{root}/include", f"-L{root}/lib", "-lc10", "-ltorch_cpu"]
@@ -418,7 +418,9 @@ def test_fake_cuda_tensors(tmp_path):
     env = os.environ | {"LD_LIBRARY_PATH": f"{root}/lib"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-1500:]
-    assert done.stdout == "{16: 8, 24: 16, 40: 32, 80: 64, 141: 64}\n"
+    first, second = done.stdout.splitlines()
+    assert first == "{16: 8, 24: 16, 40: 32, 80: 64, 141: 64}"
+    assert second == "{16: 32, 24: 64, 40: 128, 80: 256, 141: 256}"
 
 
 # What a run sets up before it begins -------------------------------------------------------------
@@ -467,6 +469,19 @@ def test_freed_memory_is_kept_on_a_cpu(tiny, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     use_cpu_kernels(tiny, Args(dtype="float32"))
     assert calls == [(-4, 0), (-1, 2**31 - 1)]
+
+
+def test_torchrun_on_apples_gpu_is_refused(monkeypatch):
+    """Gloo, which would connect the processes, cannot send tensors of an MPS device."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("RANK", raising=False)
+    check_device("auto")
+    monkeypatch.setenv("RANK", "0")
+    check_device("cpu")
+    for name in ("auto", "mps"):
+        with pytest.raises(UserError, match="--device mps: the processes of torchrun cannot"):
+            check_device(name)
 
 
 def test_the_gpu_of_a_process(monkeypatch):
