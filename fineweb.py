@@ -710,7 +710,7 @@ def read_manifests(data_dir):
     manifests = []
     for path in sorted(Path(data_dir).glob("manifest*.json")):
         remedy = "to use the shards as they are, delete it"
-        with as_user_error(f"{path} is not a manifest of fineweb.py", remedy):
+        with as_user_error(f"{path} is no manifest of fineweb.py", remedy):
             entries = json.loads(path.read_text())
             entries = {key.replace(".json", "_json"): value for key, value in entries.items()}
             manifest = from_json(Manifest, entries)

@@ -1654,7 +1654,7 @@ def find_likely_mistakes(args, model, loader, epochs, checkpoint, facts):
     if enc and other and not fineweb.agree(enc, other):
         yield "the shards were made with another tokenizer than the weights', which samples use"
     if epochs > 50 and not args.overfit_one_batch:
-        yield f"these are {epochs:.0f} epochs; --epochs 3 or --finetune trains for fewer"
+        yield f"{epochs:.0f} epochs are many; --epochs 3 or --finetune trains for fewer"
     if args.warmup_steps > args.max_steps:
         yield "--warmup_steps is longer than the run"
     if args.min_lr > args.max_lr:

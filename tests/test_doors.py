@@ -353,7 +353,7 @@ def test_many_epochs_are_warned_about(tmp_path):
     shards = write_shards(tmp_path / "shards", train=(640,), vocab=100)
     flags = ["--vocab_size", 100, "--total_batch_size", 51 * 320, "--val_every", 0]
     done = train(shards, tmp_path / "many", *flags, "--max_steps", 2, batch=51)
-    assert "warning: these are 51 epochs; --epochs 3" in done.stdout
+    assert "warning: 51 epochs are many; --epochs 3" in done.stdout
     done = train(shards, tmp_path / "few", *flags, "--max_steps", 1, batch=51)
     assert "are many" not in done.stdout
 

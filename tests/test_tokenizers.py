@@ -525,7 +525,7 @@ def test_special_tokens_may_have_the_id_0(tmp_path):
     rest = (token for token in whole["model"]["vocab"] if token not in vocab)
     vocab |= {token: id for id, token in enumerate(rest, start=3)}
     whole["model"]["vocab"] = vocab
-    whole["added_tokens"] = [fineweb.added_token(id, token) for token, id in vocab.items() if id < 3]
+    whole["added_tokens"] = [fineweb.added_token(vocab[token], token) for token in list(vocab)[:3]]
     settings = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
     files = {"tokenizer.json": whole, "tokenizer_config.json": settings}
     enc = fineweb.OtherTokenizer({name: json.dumps(x).encode() for name, x in files.items()})
@@ -545,7 +545,7 @@ def test_another_text_in_the_same_folder_gets_its_own_characters(tmp_path):
 
 
 def test_a_rank_that_starts_again_leaves_the_tokenizer_to_the_others(tmp_path, monkeypatch):
-    """Rank 1 was killed before its first shard. While it starts again, rank 0's shards are whole."""
+    """Rank 1 was killed before its first shard. Its new start must not damage rank 0's part."""
     small_tokenizer(tmp_path / "given")
     for name in ("0.txt", "1.txt"):
         (tmp_path / name).write_text("Hello, a language model " * 200)

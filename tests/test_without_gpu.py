@@ -409,7 +409,8 @@ CXX = shutil.which("c++") or shutil.which("g++")
 @pytest.mark.skipif(not CXX, reason="needs a C++ compiler")
 def test_fake_cuda_tensors(tmp_path):
     """A step waits for the device once; attention with a mask does not use cuDNN; `auto` takes this
-    many sequences of 1024 tokens, and of 256, on GPUs of 16 to 141 GB. Runs in CPU and CUDA builds. See fake_cuda.py."""
+    many sequences of 1024 tokens, and of 256, on GPUs of 16 to 141 GB. Runs in CPU and CUDA builds.
+    See fake_cuda.py."""
     root, library = Path(torch.__file__).parent, tmp_path / "fake_cuda.so"
     build = [CXX, "-std=c++20", "-shared", "-fPIC", ROOT / "tests/fake_cuda.cpp", "-o", library]
     flags = [f"-I{root}/include", f"-L{root}/lib", "-lc10", "-ltorch_cpu"]
