@@ -22,6 +22,7 @@ power cut the same command continues. Memory: one shard, and a few chunks for ea
 
 import atexit
 import bisect
+import errno
 import glob
 import hashlib
 import io
@@ -177,15 +178,25 @@ def write_atomically(path, write, rank=0, remedy=RESUME):
             with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
-                os.fsync(file.fileno())
+                flush_to_disk(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
 
 
+def flush_to_disk(fd):
+    """os.fsync, for power cuts, where the file system has it; some that are mounted from elsewhere
+    do not."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
 def sync_folder(folder):
-    """Put the names in a folder on the disk, for power cuts, where the system can do that."""
+    """Put the names in a folder on the disk, where the system can do that."""
     with suppress(OSError):  # Windows cannot open a folder
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -348,6 +359,19 @@ class OtherTokenizer:
         self.n_vocab = 1 + max(self.vocabulary.values())
         self.n_base = 1 + max(self.backend.get_vocab(with_added_tokens=False).values())
 
+    def all_files(self):
+        """The files and, for other readers, the newer or the older form if it is not among them."""
+        if not self.vocabulary:
+            return self.files
+        made = {"tokenizer.json": self.backend.to_str().encode()}
+        parts = json.loads(made["tokenizer.json"])
+        has_older_form = parts["model"]["type"] == "BPE" and self.n_base == self.n_vocab
+        if has_older_form and "ByteLevel" in json.dumps(parts["pre_tokenizer"]):
+            with tempfile.TemporaryDirectory() as folder:
+                for path in self.backend.model.save(folder):  # vocab.json and merges.txt
+                    made[os.path.basename(path)] = Path(path).read_bytes()
+        return made | self.files
+
     def special_id(self, name, *others):
         """The id of a special token: of the one that the settings name so, or of the first of the
         others that exists. None if there is none."""
@@ -436,7 +460,7 @@ def special_ids(enc):
 
 def save_tokenizer(directory, context, enc=None):
     """Write the files of a tokenizer, by default GPT-2's. `context`: the longest context."""
-    files = enc.files if isinstance(enc, OtherTokenizer) else gpt2_files(context)
+    files = enc.all_files() if isinstance(enc, OtherTokenizer) else gpt2_files(context)
     for name, content in files.items():
         Path(directory, name).write_bytes(content)
 
@@ -552,14 +576,25 @@ def open_shard(path):
             magic, version, count = np.fromfile(path, "<i4", 3).tolist()
             if (magic, version) != BIN_HEADER:
                 raise ValueError(f"its header begins with {magic}, {version}")
-            ids = np.memmap(path, "<u2", "r", offset=1024, shape=(count,))
+            ids = map_file(np.memmap, path, "<u2", "r", offset=1024, shape=(count,))
         else:
-            ids = np.lib.format.open_memmap(path, mode="r")
+            ids = map_file(np.lib.format.open_memmap, path, mode="r")
         if ids.dtype != np.uint16 or ids.ndim != 1 or len(ids) == 0:
             raise ValueError(f"it holds {ids.dtype} of shape {ids.shape}")
         if size != ids.offset + ids.nbytes:
             raise ValueError(f"{size} bytes instead of {ids.offset + ids.nbytes}")
         return ids
+
+
+def map_file(function, path, *args, **options):
+    """function(path, ...), a memory-mapped array. UserError if the file system cannot map files."""
+    try:
+        return function(path, *args, **options)
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        what = f"{path}: this file system cannot map files into memory ({error.strerror})"
+        raise UserError(f"{what}; copy the shards to another one") from error
 
 
 def open_shards(data_dir, split):
@@ -787,7 +822,8 @@ NOT_TEXT = re.compile(
 )
 FILE_TYPES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
 FILE_TYPES |= {".txt": "txt"}  # JSON and txt files may also end in .gz or .zst
-HELD_OUT = re.compile(r"(^|[^a-z])(val|valid|validation|dev|test|eval)([^a-z]|$)", re.I)
+HELD_OUT = "val|valid|validation|dev|tests?|testing|eval|evaluation|held[-_ ]?out|holdout"
+HELD_OUT = re.compile(f"(^|[^a-z])({HELD_OUT})([^a-z]|$)", re.I)
 
 
 def file_type(path):
@@ -894,7 +930,8 @@ def mention_doubtful_files(source, base, files, others):
         what = "files named for validation or test are included as training text"
         what += f", such as {held_out[0]} ({len(held_out)} of {len(names)} files)"
         remedy = "move them elsewhere to omit them"
-        if any(name.lower().startswith("train") for name in names):
+        train = [name for name in names if name.lower().startswith("train")]
+        if train and not set(train) & set(held_out):
             remedy = f"--source '{base / 'train*'}' omits them"
         say(f"{base}: {what}; {remedy}")
 
@@ -1195,8 +1232,17 @@ def on_interrupt(handler):
 def expand_home(config):
     """Expand ~ in settings. The shell does that in "--out ~/x", but not in "--out=~/x"."""
     for name, value in vars(config).items():
-        if isinstance(value, (str, Path)):
-            object.__setattr__(config, name, type(value)(os.path.expanduser(value)))
+        if isinstance(value, (str, Path)) and name not in ("name", "revision", "text_column"):
+            object.__setattr__(config, name, type(value)(expand_path(name, str(value))))
+
+
+def expand_path(name, value):
+    """`value` with ~ expanded. UserError if something is left that a shell would have replaced."""
+    value = os.path.expanduser(value)
+    if re.match(r"~|\$\w|\$\{", value) and not os.path.exists(value):
+        what = f"--{name} {value}: the shell did not expand this name"
+        raise UserError(f"{what}; write the whole path")
+    return value
 
 
 @dataclass
@@ -1342,8 +1388,13 @@ def build(config):
         if getattr(config, name) not in allowed:
             remedy = f"give at least {allowed.start} and below {allowed.stop}"
             raise UserError(f"--{name} is out of its range; {remedy}")
-    manifest, paths = open_manifest(config)
+    for name in ("source", "out"):
+        if not getattr(config, name).strip():
+            raise UserError(f"--{name} is empty; give a name, such as --{name} books")
     out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    manifest, paths = open_manifest(config)
     if manifest.complete:
         say(f"{out} is complete: nothing to do")
         return manifest
@@ -1432,7 +1483,11 @@ def slurm_part():
     step = os.environ.get("SLURM_ARRAY_TASK_STEP") or 1  # 2 in --array=0-14:2
     try:
         task, first, count = map(int, values)
-        return (task - first) // max(1, int(step)), count
+        rank = (task - first) // max(1, int(step))
+        if not 0 <= rank < count:
+            what = f"Slurm's --array: task {task} would be part {rank + 1} of {count}"
+            raise UserError(f"{what}; give an array without gaps, such as --array=0-{count - 1}")
+        return rank, count
     except ValueError:
         return 0, 1
 

@@ -59,6 +59,7 @@ import os
 import re
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -488,7 +489,7 @@ def load_gpt2(name):
     logging.set_verbosity_error()  # the problems that it would warn of are errors here
     with as_user_error(f"{name} cannot be loaded", "check its files, or the network"):
         settings, _ = GPT2Config.get_config_dict(name)
-        model_type = settings.get("model_type", "gpt2")
+        model_type = settings.get("model_type") or "gpt2"
         if model_type != "gpt2":
             raise UserError(f"{name} is a {model_type}, not a GPT-2; give the directory of a GPT-2")
         if settings.get("add_cross_attention"):
@@ -512,6 +513,11 @@ def check_name(name):
     """Raise UserError if this is neither OpenAI's model nor a directory that can hold one."""
     folder = Path(name)
     known = str(name).removeprefix("openai-community/") in OPENAI
+    if folder.is_file():
+        what = f"{name} is a file, not a directory"
+        raise UserError(f"{what}; give the checkpoint that it belongs to, {folder.parent}")
+    if not str(name).strip():
+        raise UserError("the name of the model is empty; give a directory, or gpt2")
     if not folder.is_dir() and not known:
         names = ", ".join(OPENAI)
         raise UserError(f"{name}: no such directory; give one that exists, or {names}")
@@ -523,6 +529,8 @@ def check_name(name):
     if steps:
         newest = max(steps, key=lambda path: int(path.name[5:]))
         raise UserError(f"{folder} is a run, not a checkpoint; give its newest one, {newest}")
+    if folder.is_dir():
+        raise UserError(f"{folder} has no config.json; give the directory of a GPT-2")
 
 
 def check_weights(name, info):
@@ -544,9 +552,9 @@ def check_weights(name, info):
 
 def check_memory(needed, what):
     """Raise UserError if this machine's memory is smaller than `needed` bytes."""
-    if hasattr(os, "sysconf"):
+    with suppress(AttributeError, ValueError, OSError):  # not all systems know it
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
+        if 0 < memory < needed:
             sizes = f"{needed / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f}"
             raise UserError(f"{what}: weights of {sizes}; choose a smaller model")
 

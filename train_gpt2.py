@@ -710,8 +710,8 @@ from pathlib import Path
 import tyro
 from filelock import FileLock, Timeout
 
-from fineweb import VOCAB_SIZE, UserError, as_user_error, never_fatal, say, sync_folder
-from fineweb import write_atomically
+from fineweb import VOCAB_SIZE, UserError, as_user_error, expand_path, flush_to_disk
+from fineweb import never_fatal, say, sync_folder, write_atomically
 
 # The same network computed in other ways, and what suits this machine -------------------------
 
@@ -1184,8 +1184,11 @@ def read_checkpoint(path):
     with as_user_error(f"{path} is damaged", "the checkpoint before it is used"):
         with zipfile.ZipFile(file) as archive:
             checksums = [member.CRC for member in archive.infolist()]
-        mmap = sys.platform != "win32"  # Windows cannot remove a file that is mapped
-        state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=mmap)
+        options = dict(map_location="cpu", weights_only=True)
+        try:  # Windows cannot remove a file that is mapped
+            state = torch.load(str(file), mmap=sys.platform != "win32", **options)
+        except RuntimeError:  # some file systems cannot map files
+            state = torch.load(str(file), mmap=False, **options)
         if f"step_{state['step']:05d}" != path.name:
             raise ValueError(f"it holds step {state['step']}")
         if "args" not in state:
@@ -1217,7 +1220,7 @@ def write_checkpoint(path, model, state):
                 torch.save(state, file)
             for file in temporary.iterdir():
                 with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
+                    flush_to_disk(opened.fileno())
             sync_folder(temporary)
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
@@ -1288,7 +1291,7 @@ class Run:
         path = Path(self.args.out_dir) / f"step_{step:05d}"
         self.remove_old_checkpoints(step)  # first, to make room
         with never_fatal("log.txt"):  # a power cut must not lose records from before a checkpoint
-            os.fsync(self.log_file.file.fileno())
+            flush_to_disk(self.log_file.file.fileno())
         write_checkpoint(path, self.model, state | self.facts)
         self.saved_step = step
         self.saved_at = time.monotonic()
@@ -1494,27 +1497,26 @@ def read_log(path):
 
 def make_watchers(args, first_step):
     """{flag: function of ({stream: value}, step)} for --tensorboard and --wandb. In Weights &
-    Biases every start is a run of its own; those of one folder are a group. UserError if the
-    package is not installed, or if a new run cannot use it."""
+    Biases every start is a run of its own; those of one folder are a group. UserError if a
+    package is not installed. A service that does not answer does not end the run."""
     watchers = {}
     if args.tensorboard:
         with as_user_error("--tensorboard cannot be used here", "pip install tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(Path(args.out_dir) / "tensorboard", purge_step=first_step)
 
         def to_tensorboard(values, step):
             for stream, value in values.items():
                 board.add_scalar(stream, value, step)
             board.flush()
 
-        watchers["--tensorboard"] = to_tensorboard
+        with never_fatal("--tensorboard"):
+            board = SummaryWriter(Path(args.out_dir) / "tensorboard", purge_step=first_step)
+            watchers["--tensorboard"] = to_tensorboard
     if args.wandb:
-        what, remedy = "--wandb cannot be used here", "pip install wandb; wandb login"
-        with as_user_error(what, remedy):
+        with as_user_error("--wandb cannot be used here", "pip install wandb; wandb login"):
             import wandb
-        # A service that does not answer must not end a run that was started again.
-        with never_fatal("--wandb") if first_step else as_user_error(what, remedy):
+
+        with never_fatal("--wandb"):
             run = wandb.init(
                 project=args.wandb,
                 name=f"{args.out_dir} from step {first_step}",
@@ -1655,6 +1657,12 @@ def find_likely_mistakes(args, model, loader, epochs, checkpoint, facts):
         yield "the shards were made with another tokenizer than the weights', which samples use"
     if epochs > 50 and not args.overfit_one_batch:
         yield f"{epochs:.0f} epochs are many; --epochs 3 or --finetune trains for fewer"
+    if args.resume and not checkpoint:
+        yield f"--resume: {args.out_dir} has no checkpoint, so this is a new run"
+    if not args.save_every and not args.save_minutes and args.max_steps:
+        yield "--save_every 0 --save_minutes 0: the trained weights will not be saved"
+    if args.total_batch_size > len(loader.tokens) and not args.overfit_one_batch:
+        yield "a step has more tokens than the text; choose a smaller --total_batch_size"
     if args.warmup_steps > args.max_steps:
         yield "--warmup_steps is longer than the run"
     if args.min_lr > args.max_lr:
@@ -1743,7 +1751,7 @@ def parse(argv):
         presets = []
         defaults = replace(saved_args(checkpoint), out_dir=out_dir, resume=True)
     args = tyro.cli(Args, args=[*presets, *argv], default=defaults, description=__doc__)
-    args = replace(args, **{name: os.path.expanduser(getattr(args, name)) for name in PATHS})
+    args = replace(args, **{name: expand_path(name, getattr(args, name)) for name in PATHS})
     check_values(args)
     if args.demo and not args.sample_only:
         fineweb.build_demo(args.data_dir)
@@ -1859,6 +1867,8 @@ def check_network(args, checkpoint=None):
     """UserError if the network cannot be made."""
     if checkpoint:
         return  # it was made before
+    if args.finetune and args.init_from == "scratch":
+        raise UserError("--finetune trains existing weights; give --init_from a model")
     if args.init_from != "scratch":
         for name in () if args.demo else NETWORK:  # --demo itself sets some of these
             if getattr(args, name) != getattr(Args, name):
@@ -1926,8 +1936,13 @@ def sample(args, checkpoint):
     if fineweb.tokenizer_of(model) is None:
         raise UserError(f"--sample_only: {fineweb.why_no_tokenizer(model)}")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    enc = fineweb.tokenizer_of(model)
     for line in sys.stdin if args.prompt == "-" else [args.prompt]:
-        print_samples(model, replace(args, prompt=line.rstrip("\n")), autocast, seed=args.seed)
+        prompt = line.rstrip("\n")
+        read = enc.decode(enc.encode_ordinary(prompt))
+        if unread := sorted(set(prompt.casefold()) - set(read.casefold()) - set(" \n\t\r")):
+            print0(f"warning: the model's tokenizer does not know {' '.join(unread[:20])}")
+        print_samples(model, replace(args, prompt=prompt), autocast, seed=args.seed)
 
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -1950,6 +1965,8 @@ def check_environment():
     wrong = [name for name in numbers if not os.environ[name].strip().isdecimal()]
     if wrong:
         raise UserError(f"{wrong[0]}={os.environ[wrong[0]]} is not a number; {remedy}")
+    if int(os.environ["MASTER_PORT"]) >= 2**16:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} must be below 65536; {remedy}")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank >= world_size:
         raise UserError(f"RANK={rank} is not less than WORLD_SIZE={world_size}; {remedy}")
@@ -2014,11 +2031,12 @@ def prepare_process():
         if not any("ALLOC_CONF" in name for name in os.environ):
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     # torchrun allows each process one thread, but lets each start a compiler on every core.
-    processes = environment_number("LOCAL_WORLD_SIZE", 1)
+    processes = max(1, environment_number("LOCAL_WORLD_SIZE", 1))
     cores = max(1, fineweb.available_cores() // processes)
     if processes > 1 or cores < torch.get_num_threads():
         torch.set_num_threads(cores)
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores)))
+    if environment_number("TORCHINDUCTOR_COMPILE_THREADS") < 1:
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(min(32, cores))
 
 
 def explain(error):
@@ -2031,6 +2049,8 @@ def explain(error):
     no_memory = ("out of memory", "can't allocate", "ALLOC_FAILED")  # CUDA and MPS, CPU, cuBLAS
     if isinstance(error, MemoryError) or any(words in text for words in no_memory):
         return "out of memory; choose a smaller --micro_batch_size, which leaves the batch as it is"
+    if "can't start new thread" in text:
+        return "this machine allows no more threads; raise its limit (ulimit -u), or end others"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile does not work here ({cause}); add --no-compile"
     if "probability tensor contains" in text:

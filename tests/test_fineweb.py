@@ -1941,3 +1941,43 @@ def test_a_tokenizer_in_a_form_that_cannot_be_read_is_refused(source, tmp_path):
     (tmp_path / "given/spiece.model").write_bytes(b"sentencepiece")
     with pytest.raises(UserError, match="only tokenizer.json, or vocab.json with merges.txt, can"):
         make(source, tmp_path / "out", tokenizer=str(tmp_path / "given"))
+
+
+def test_a_slurm_array_with_gaps_is_refused(monkeypatch, capsys):
+    """--array=0,1,5 has three tasks, of which the last would be part 6."""
+    for key, value in (("ID", "5"), ("MIN", "0"), ("COUNT", "3")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
+    with pytest.raises(SystemExit, match="2"):
+        fineweb.main([])
+    assert "part 6 of 3; give an array without gaps, such as --array=0-2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ({"out": ""}, "--out is empty; give a name"),
+        ({"source": ""}, "--source is empty; give a name"),
+        ({"out": "$NOWHERE/x"}, "--out $NOWHERE/x: the shell did not expand this name"),
+        ({"out": "~no_such_user/x"}, "--out ~no_such_user/x: the shell did not expand this name"),
+        ({"out": __file__}, "is a file; give a folder"),
+    ],
+)
+def test_names_that_the_shell_left_or_emptied(source, tmp_path, monkeypatch, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        make(**{"source": source, "out": tmp_path / "out"} | flags)
+    assert not (tmp_path / "$NOWHERE").exists() and not (tmp_path / "manifest.json").exists()
+
+
+def test_other_names_of_held_out_text(tmp_path, capsys):
+    """The pattern that omits them is named only if it does."""
+    tree(tmp_path / "a", train_txt="a", evaluation_txt="b", testing_txt="c", tests_txt="d")
+    (tmp_path / "a/held-out.txt").write_text("e")
+    make(tmp_path / "a", tmp_path / "one")
+    said = capsys.readouterr().out
+    assert "(4 of 5 files)" in said and "train*' omits them" in said
+    tree(tmp_path / "b", train_txt="a")
+    (tmp_path / "b/train_test.txt").write_text("b")
+    make(tmp_path / "b", tmp_path / "two")
+    said = capsys.readouterr().out
+    assert "(1 of 2 files)" in said and "move them elsewhere" in said

@@ -37,6 +37,8 @@ WRONG = [
     ("--micro_batch_size 0 --finetune", "--micro_batch_size 0: it must be at least 1"),
     ("--resume --n_head 5", "--n_embd 32 is not a multiple of --n_head 5"),  # a loop's first start
     ("--resume --init_from gpt2", "--n_layer: the weights of --init_from have a shape of their"),
+    ("--finetune --init_from scratch", "--finetune trains existing weights; give --init_from"),
+    ("--hellaswag_data=$HOME_/x", "--hellaswag_data $HOME_/x: the shell did not expand this name"),
     ("--n_head 5", "--n_embd 32 is not a multiple of --n_head 5"),
     ("--seq_len 64 --block_size 32", "--seq_len 64: the model's context has 32 tokens"),
     ("--n_layer 1000000000", "--n_layer, --n_embd: weights of"),

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from test_train import hellaswag_file
 
 import fineweb
+import hellaswag
 import train_gpt2
 from fineweb import UserError
 from train_gpt2 import (
@@ -578,20 +580,16 @@ def test_a_watcher_that_fails_is_turned_off(base, tmp_path, monkeypatch):
     assert records(tmp_path / "out") == records(base[1])
 
 
-@pytest.mark.parametrize("resume", [True, False])
-def test_a_dashboard_that_does_not_answer_ends_no_resumed_run(
-    base, stopped, tmp_path, monkeypatch, resume
-):
-    """A shell loop would not try again after status 2. A new run is refused: the user is there."""
+def test_a_dashboard_that_does_not_answer_ends_no_run(base, tmp_path, monkeypatch):
+    """A shell loop would not try again after status 2."""
     monkeypatch.setattr(FailingWatcher, "init", fail)
     monkeypatch.setitem(sys.modules, "wandb", FailingWatcher())
-    if resume:
-        done = run_here("--resume", "--out_dir", stopped, "--wandb", "mine")
-        assert done.stdout.count("warning: --wandb: Operation not permitted") == 1
-        assert weights(stopped) == weights(base[1])
-    else:
-        done = train(base[0], tmp_path / "out", "--wandb", "mine", check=False)
-        refused(done, "--wandb cannot be used here")
+    board = SimpleNamespace(SummaryWriter=fail)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    done = train(base[0], tmp_path / "out", "--wandb", "mine", "--tensorboard")
+    for name in ("--wandb", "--tensorboard"):
+        assert done.stdout.count(f"warning: {name}: Operation not permitted") == 1
+    assert records(tmp_path / "out") == records(base[1])
 
 
 def fail(*args, **options):
@@ -914,3 +912,76 @@ def test_a_checkpoint_that_is_damaged_for_another_process_is_passed_over(base, m
     monkeypatch.setattr(train_gpt2, "gather", gather)
     assert newest_checkpoint(base[1])["step"] == 4
     assert "warning: step_00008 is damaged" in capsys.readouterr().out
+
+
+# File systems and machines that lack something ---------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_fsync_is_used_all_the_same(base, tmp_path, monkeypatch, number):
+    """fsync protects from power cuts only. (A full disk, ENOSPC, is not ignored.)"""
+
+    def fsync(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train(base[0], tmp_path / "out")
+    assert weights(tmp_path / "out") == weights(base[1])
+    fineweb.build_demo(tmp_path / "demo")
+    fineweb.verify(tmp_path / "demo")
+
+
+def test_a_file_system_that_cannot_map_files(base, stopped, tmp_path, monkeypatch):
+    """Shards are not called damaged, and a checkpoint is read without a map."""
+
+    def no_map(*args, **options):
+        raise OSError(errno.ENODEV, "No such device")
+
+    def from_file(*args, **options):
+        raise RuntimeError("unable to mmap 100 bytes from file: No such device (19)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "from_file", from_file)
+        run_here("--resume", "--out_dir", stopped)
+    assert weights(stopped) == weights(base[1])
+    monkeypatch.setattr("mmap.mmap", no_map)
+    done = train(base[0], tmp_path / "out", check=False)
+    refused(done, "this file system cannot map files into memory (No such device); copy the shards")
+
+
+def test_a_machine_that_does_not_know_its_memory(monkeypatch):
+    unknown = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": -1}
+    for answer in (unknown.get, lambda name: int("unknown")):
+        monkeypatch.setattr(os, "sysconf", answer)
+        hellaswag.check_memory(10**15, "weights")
+
+
+def test_a_machine_without_more_threads(base, tmp_path, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", start)
+    done = train(base[0], tmp_path / "out", check=False)
+    refused(done, "this machine allows no more threads; raise its limit")
+
+
+@pytest.mark.parametrize("value", ["", "abc", "0"])
+def test_the_number_of_compilers_may_be_set_to_nonsense(monkeypatch, value):
+    """PyTorch reads it with a bare int()."""
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    train_gpt2.prepare_process()
+    assert int(os.environ["TORCHINDUCTOR_COMPILE_THREADS"]) >= 1
+
+
+def test_settings_that_are_probably_mistakes(base, tmp_path):
+    flags = ["--save_every", 0, "--save_minutes", 0, "--resume", "--max_steps", 1]
+    flags += ["--total_batch_size", 32 * 4 * 64, "--warmup_steps", 1]
+    done = train(base[0], tmp_path / "out", *flags)
+    for words in (
+        "out has no checkpoint, so this is a new run",
+        "the trained weights will not be saved",
+        "a step has more tokens than the text",
+    ):
+        assert re.search(f"warning: .*{words}", done.stdout), done.stdout

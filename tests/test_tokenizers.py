@@ -569,3 +569,34 @@ def test_a_rank_that_starts_again_leaves_the_tokenizer_to_the_others(tmp_path, m
     assert read_tokenizer(tmp_path / "out").n_vocab == 280
     fineweb.build(parts[1])
     fineweb.verify(tmp_path / "out")
+
+
+def test_the_other_form_of_a_tokenizer_is_saved_too(tmp_path):
+    """Readers of both forms get the same ids, whichever form was given."""
+    made = small_tokenizer(tmp_path / "new")
+    (tmp_path / "old").mkdir()
+    made.model.save(str(tmp_path / "old"))
+    text = "Hello, a language model"
+    expected = made.encode(text).ids
+    for form in ("new", "old"):
+        enc, out = read_tokenizer(tmp_path / form), tmp_path / f"{form}_saved"
+        out.mkdir()
+        fineweb.save_tokenizer(out, 64, enc)
+        assert Tokenizer.from_file(str(out / "tokenizer.json")).encode(text).ids == expected
+        older = models.BPE.from_file(str(out / "vocab.json"), str(out / "merges.txt"))
+        older = Tokenizer(older)
+        older.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        assert older.encode(text).ids == expected
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_named(tmp_path):
+    (tmp_path / "text.txt").write_text("ROMEO and Juliet. " * 400)
+    source, out = str(tmp_path / "text.txt"), str(tmp_path / "out")
+    fineweb.build(fineweb.Config(source, out=out, tokenizer="char", workers=0))
+    folder = weights(tmp_path / "model", rows=len(set("ROMEO and Juliet. ")) + 1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "out" / name, folder)
+    flags = ["--sample_only", "--init_from", folder, "--device", "cpu", "--sample_tokens", 2]
+    done = run_here(*flags, "--prompt", "ROM\u00c9O 日本")
+    assert "warning: the model's tokenizer does not know \u00e9 日 本\n" in done.stdout
+    assert "does not know" not in run_here(*flags, "--prompt", "ROMEO\t").stdout
