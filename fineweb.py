@@ -1109,8 +1109,9 @@ def available_cores():
 
 
 def tokenize(chunk, folder=None):
-    """The token ids of a chunk, (n,) uint16; a Counter of its skipped texts by reason; and the
-    chunk's place, (file, number). folder: where the tokenizer lies; None: GPT-2's."""
+    """The token ids of a chunk, (n,) uint16; a Counter of its skipped texts by reason, and of the
+    <|endoftext|> in the others; and the chunk's place, (file, number). folder: where the tokenizer
+    lies; None: GPT-2's."""
     enc = read_tokenizer_once(folder) if folder else tokenizer()
     if next(chunk_count) % 64 == 0:
         fast_encoder.cache_clear()  # gigatoken's memory of words would grow without bound
@@ -1126,6 +1127,7 @@ def tokenize(chunk, folder=None):
             if not text:
                 skipped["empty" if text == "" else "no string"] += 1
                 continue
+            skipped["mark"] += text.count(END_OF_TEXT[0])
             sample = sample or text[:100_000]
             if not continues:
                 pieces.append([enc.eot_token])
@@ -1442,6 +1444,9 @@ def report(manifest, out, tokens_before, seconds):
     skipped = Counter(manifest.skipped)
     encoder = "gigatoken" if find_spec("gigatoken") else "tiktoken, as gigatoken is missing"
     encoder = "the library tokenizers" if manifest.tokenizer else encoder
+    if marks := skipped["mark"]:
+        what = f"warning: {END_OF_TEXT[0]} is in the texts {marks:,} times and counts as text there"
+        say(f"{what}; in a txt file, it divides documents if it has a line of its own")
     say(
         f"{out}: {len(manifest.shards)} shards, {tokens:,} tokens, {documents:,} documents "
         f"(skipped {skipped['empty']} empty, {skipped['no string']} without text), "

@@ -1981,3 +1981,16 @@ def test_other_names_of_held_out_text(tmp_path, capsys):
     make(tmp_path / "b", tmp_path / "two")
     said = capsys.readouterr().out
     assert "(1 of 2 files)" in said and "move them elsewhere" in said
+
+
+def test_marks_that_divide_nothing_are_mentioned(tmp_path, capsys):
+    """At the end of a line, or within it; the one that has a line of its own divides."""
+    text = "one<|endoftext|>\ntwo <|endoftext|> three\n<|endoftext|>\nfour\n"
+    (tmp_path / "text.txt").write_text(text)
+    make(tmp_path / "text.txt", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "2 documents" in said
+    assert "warning: <|endoftext|> is in the texts 2 times and counts as text there; in a" in said
+    (tmp_path / "clean.txt").write_text("one\n<|endoftext|>\nfour\n")
+    make(tmp_path / "clean.txt", tmp_path / "clean")
+    assert "warning" not in capsys.readouterr().out
