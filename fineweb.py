@@ -1393,10 +1393,8 @@ def build(config):
     for name in ("source", "out"):
         if not getattr(config, name).strip():
             raise UserError(f"--{name} is empty; give a name, such as --{name} books")
-    out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
     manifest, paths = open_manifest(config)
+    out = Path(config.out)
     if manifest.complete:
         say(f"{out} is complete: nothing to do")
         return manifest
@@ -1408,11 +1406,13 @@ def build(config):
         manifest.save(out)
         writer.eot = read_tokenizer(out).eot_token
     tokens_before = sum(shard.tokens for shard in manifest.shards)
+    marks = 0  # how many <|endoftext|> are text
     began = time.perf_counter()
     chunks = list_chunks(paths, config.text_column, manifest.consumed)
     results = tokenize_all(chunks, config.workers, out if manifest.tokenizer else None)
     with closing(Progress("tok", tokens_before)) as progress, closing(results):
         for ids, skipped, position in results:
+            marks += skipped.pop("mark", 0)
             writer.add(ids, skipped, position)
             progress.update(len(ids), fraction=position[0] / len(paths))
     if not manifest.shards and writer.filled == 0 and config.world_size == 1:
@@ -1422,14 +1422,14 @@ def build(config):
         if manifest.times and stat_files(paths)[1] != manifest.times:
             raise ValueError("a file is newer than the shards")
     writer.finish(len(paths))
-    report(manifest, out, tokens_before, seconds=time.perf_counter() - began)
+    report(manifest, out, tokens_before, marks, seconds=time.perf_counter() - began)
     return manifest
 
 
 @never_fatal("the summary cannot be shown")
-def report(manifest, out, tokens_before, seconds):
-    """Print a summary, and a warning if more than a fifth of a complete data set is for validation,
-    because --shard_size is large compared with the text."""
+def report(manifest, out, tokens_before, marks, seconds):
+    """Print a summary, and warnings: if some `marks`, <|endoftext|>, are text; and if more than a
+    fifth of a complete data set is for validation, as --shard_size is large for the text."""
     manifests = read_manifests(out)
     if sum(m.complete for m in manifests) == manifest.world_size:
         sizes = {shard.name: shard.tokens for m in manifests for shard in m.shards}
@@ -1444,7 +1444,7 @@ def report(manifest, out, tokens_before, seconds):
     skipped = Counter(manifest.skipped)
     encoder = "gigatoken" if find_spec("gigatoken") else "tiktoken, as gigatoken is missing"
     encoder = "the library tokenizers" if manifest.tokenizer else encoder
-    if marks := skipped["mark"]:
+    if marks:
         what = f"warning: {END_OF_TEXT[0]} is in the texts {marks:,} times and counts as text there"
         say(f"{what}; in a txt file, it divides documents if it has a line of its own")
     say(

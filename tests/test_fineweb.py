@@ -1959,7 +1959,6 @@ def test_a_slurm_array_with_gaps_is_refused(monkeypatch, capsys):
         ({"source": ""}, "--source is empty; give a name"),
         ({"out": "$NOWHERE/x"}, "--out $NOWHERE/x: the shell did not expand this name"),
         ({"out": "~no_such_user/x"}, "--out ~no_such_user/x: the shell did not expand this name"),
-        ({"out": __file__}, "is a file; give a folder"),
     ],
 )
 def test_names_that_the_shell_left_or_emptied(source, tmp_path, monkeypatch, flags, sentence):
