@@ -1481,6 +1481,14 @@ def build_demo(out, tokenizer="gpt2"):
 # The command line -----------------------------------------------------------------------------
 
 
+def read_flags(*args, **options):
+    """tyro.cli, for which a reader that stops early, as after `--help | head`, is no error."""
+    try:
+        return tyro.cli(*args, **options)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
 def slurm_part():
     """The rank and world size of this process in a Slurm array, whose tasks share the work. They
     are 0 and 1 outside of an array, and where ID, MIN or COUNT is missing or not a number."""
@@ -1518,7 +1526,7 @@ def parse(argv):
     refuse_expanded_pattern(argv)
     rank, world_size = slurm_part()
     default = Config(rank=rank, world_size=world_size)
-    config = tyro.cli(Config, args=argv, default=default, description=__doc__)
+    config = read_flags(Config, args=argv, default=default, description=__doc__)
     from_slurm = world_size > 1 and (config.rank, config.world_size) == (rank, world_size)
     if from_slurm and not config.verify:
         what = f"this process makes part {rank + 1} of {world_size}"

@@ -68,11 +68,11 @@ import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fineweb import Progress, UserError, as_user_error, available_cores, expand_home, never_fatal
-from fineweb import prepare_streams, read_tokenizer, say, token_ids, tokenizer_of, why_no_tokenizer
+from fineweb import prepare_streams, read_flags, read_tokenizer, say, token_ids, tokenizer_of
+from fineweb import why_no_tokenizer
 
 REPO = "Rowan/hellaswag"  # a dataset on huggingface.co
 REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # of REPO
@@ -613,7 +613,7 @@ def run(config):
 
 def main(argv=None):
     prepare_streams()
-    config = tyro.cli(Config, args=argv, description=__doc__)
+    config = read_flags(Config, args=argv, description=__doc__)
     try:
         if config.compare:
             text = compare(*config.compare)

@@ -707,11 +707,10 @@ from dataclasses import fields
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import tyro
 from filelock import FileLock, Timeout
 
 from fineweb import VOCAB_SIZE, UserError, as_user_error, expand_path, flush_to_disk
-from fineweb import never_fatal, say, sync_folder, write_atomically
+from fineweb import never_fatal, read_flags, say, sync_folder, write_atomically
 
 # The same network computed in other ways, and what suits this machine -------------------------
 
@@ -1744,13 +1743,13 @@ def parse(argv):
     defaults = Args(compile=pick_device(device).type == "cuda")
     checkpoint = None
     if early.resume:
-        out_dir = tyro.cli(Args, args=presets).out_dir if early.out_dir is None else early.out_dir
+        out_dir = read_flags(Args, args=presets).out_dir if early.out_dir is None else early.out_dir
         out_dir = os.path.expanduser(out_dir)
         checkpoint = newest_checkpoint(out_dir, device)
     if checkpoint:
         presets = []
         defaults = replace(saved_args(checkpoint), out_dir=out_dir, resume=True)
-    args = tyro.cli(Args, args=[*presets, *argv], default=defaults, description=__doc__)
+    args = read_flags(Args, args=[*presets, *argv], default=defaults, description=__doc__)
     args = replace(args, **{name: expand_path(name, getattr(args, name)) for name in PATHS})
     check_values(args)
     if args.demo and not args.sample_only:

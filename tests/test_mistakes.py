@@ -275,3 +275,10 @@ def test_a_bug_in_the_program_is_a_traceback(base, tmp_path, monkeypatch):
         monkeypatch.setattr(train_gpt2, "training_step", step)
         with pytest.raises(type(error)):
             train(base[0], tmp_path / type(error).__name__, check=False)
+
+
+@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb.py", "hellaswag.py"])
+def test_help_whose_reader_stops_early(script):
+    shell = "set -o pipefail; " + " ".join(command(script, "--help")) + " | true"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
