@@ -266,6 +266,9 @@ def test_variables_of_torchrun_without_torchrun(base, tmp_path):
     others = dict(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     done = train(base[0], tmp_path / "out", env=others | {"WORLD_SIZE": "two"}, check=False)
     refused(done, "WORLD_SIZE=two is not a number")
+    others |= {"WORLD_SIZE": "1", "MASTER_PORT": "99999"}
+    done = train(base[0], tmp_path / "out", env=others, check=False)
+    refused(done, "MASTER_PORT=99999 must be below 65536; start several processes with torchrun")
     train(base[0], tmp_path / "out", "--max_steps", 1, env={"WORLD_SIZE": "2"})
     assert list(log_of(tmp_path / "out")["train"]) == [0]
 

@@ -980,6 +980,9 @@ def test_directories_that_are_no_gpt2_are_one_sentence(saved, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "model.safetensors").touch()
     for model, expected in (
         (tmp_path / "none", "no such directory; give one that exists, or gpt2, gpt2-medium, "),
         ("openai-community/gpt3", "no such directory"),
@@ -995,6 +998,10 @@ def test_directories_that_are_no_gpt2_are_one_sentence(saved, tmp_path):
         ),
         (run, f"run is a run, not a checkpoint; give its newest one, {run}/step_01000"),
         (adapter, "adapter is an adapter, not a model; merge it and save it first"),
+        (bare, "bare has no config.json; give the directory of a GPT-2"),
+        (bare / "model.safetensors", f"; give the checkpoint that it belongs to, {bare}"),
+        ("", "the name of the model is empty; give a directory, or gpt2"),
+        (write_config(tmp_path / "null", model_type=None), "null cannot be loaded"),  # no weights
     ):
         with pytest.raises(UserError) as caught:
             hellaswag.load_gpt2(model)
