@@ -822,8 +822,8 @@ NOT_TEXT = re.compile(
 )
 FILE_TYPES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
 FILE_TYPES |= {".txt": "txt"}  # JSON and txt files may also end in .gz or .zst
-HELD_OUT = "val|valid|validation|dev|tests?|testing|eval|evaluation|held[-_ ]?out|holdout"
-HELD_OUT = re.compile(f"(^|[^a-z])({HELD_OUT})([^a-z]|$)", re.I)
+HELD_OUT_NAMES = "val|valid|validation|dev|tests?|testing|eval|evaluation|held[-_ ]?out|holdout"
+HELD_OUT = re.compile(f"(^|[^a-z])({HELD_OUT_NAMES})([^a-z]|$)", re.I)
 
 
 def file_type(path):
