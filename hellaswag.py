@@ -1,11 +1,11 @@
 """Score GPT-2 on HellaSwag: which of four endings continues a text?
 
     python hellaswag.py                                          # OpenAI's GPT-2 (124M)
-    python hellaswag.py --model log/step_19073 --json ours.json  # a checkpoint; one line per item
+    python hellaswag.py --model log/step_19073 --json ours.json  # a checkpoint; a line per example
     python hellaswag.py --model gpt2 --style harness             # as lm-evaluation-harness scores
     python hellaswag.py --compare gpt2.json ours.json            # the difference, 95% interval
 
-The validation set has 10,042 items (Zellers et al. 2019, arXiv 1905.07830). This is one of them:
+The validation set has 10,042 examples (Zellers et al. 2019, arXiv 1905.07830). This is one of them:
 
     {"ind": 24,
      "activity_label": "Roof shingle removal",
@@ -29,14 +29,14 @@ mean loss per token counts as its answer:
         mean_losses.append(F.cross_entropy(logits, torch.tensor(ending)).item())
     answer = mean_losses.index(min(mean_losses))
 
-`score` computes the same losses, but reads each context only once and many items at a time (on a
-CPU about twice as fast). train_gpt2.py calls `evaluate` with its own network. The command line
-scores transformers' GPT-2, so it is an independent check of the number in a run's log. The last
-line that it prints is
+Here an item is an example as token ids. `score` computes the same losses, but reads each context
+only once and many items at a time (on a CPU about twice as fast). train_gpt2.py calls `evaluate`
+with its own network. The command line scores transformers' GPT-2, so it is an independent check of
+the number in a run's log. The last line that it prints is
 
     10042 acc: 0.2859 acc_norm: 0.2955 ± 0.0046
 
-It gives the number of items; acc, the accuracy when the ending with the lowest total loss wins;
+It gives the number of examples; acc, the accuracy when the ending with the lowest total loss wins;
 acc_norm, the accuracy when the lowest mean loss wins; and the standard error of acc_norm. Published
 numbers come in two styles (Ctx_b is ctx_b.capitalize(); see `clean`):
 
@@ -49,17 +49,13 @@ numbers come in two styles (Ctx_b is ctx_b.capitalize(); see `clean`):
     GPT-2 124M   acc 0.2859, acc_norm 0.2955           acc 0.2892, acc_norm 0.3114
 
 The last row is from the docstring of build-nanogpt's hellaswag.py. The harness says that it divides
-by bytes, but it divides by characters (its issue 3278). They differ in 181 items.
+by bytes, but it divides by characters (its issue 3278). They differ in 181 examples.
 """
 
-import hashlib
 import json
 import math
-import os
 import re
 import sys
-import warnings
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -68,19 +64,16 @@ import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
-from fineweb import Progress, UserError, as_user_error, available_cores, expand_home, never_fatal
-from fineweb import prepare_streams, read_flags, read_tokenizer, say, token_ids, tokenizer_of
-from fineweb import why_no_tokenizer
+from fineweb import UserError, as_user_error, gpt2_tokenizer, load_tokenizer, write_atomically
 
 REPO = "Rowan/hellaswag"  # a dataset on huggingface.co
-REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # of REPO
+REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"  # a commit of REPO
 FILE = "data/validation-00000-of-00001.parquet"  # in REPO
-SHA256 = "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"  # of FILE
-N_ITEMS = 10042  # in FILE
 DATA = f"hellaswag/{FILE}"  # where FILE is downloaded to
-OLD_DATA = "hellaswag/hellaswag_val.jsonl"  # the same items, which GitHub had until 2026
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on huggingface.co
 
 # Items -----------------------------------------------------------------------------------------
@@ -88,6 +81,8 @@ OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names on huggingfac
 
 @dataclass(frozen=True)
 class Item:
+    """An example as token ids."""
+
     index: int  # `ind` in the file; the line number, counted from 0, if there is none
     label: int  # the right ending, 0 to 3
     context: list[int]  # token ids
@@ -98,15 +93,13 @@ class Item:
 def load_items(path=DATA, limit=None, style="completion", enc=None):
     """Read a list of Item from JSON lines or Parquet. If the default file is missing, download it.
 
-    enc: the model's tokenizer; None: GPT-2's.
+    enc: the model's tokenizer, by default GPT-2's.
     limit: read only this many items, evenly spaced over the file, because the official file has all
     items from ActivityNet before all items from WikiHow."""
     path = Path(path)
+    enc = enc or gpt2_tokenizer()
     if path == Path(DATA) and not path.exists():
-        if Path(OLD_DATA).exists():
-            path = Path(OLD_DATA)
-        else:
-            download()
+        download()
     with as_user_error(f"{path} cannot be read", "check the file and its name"):
         content = path.read_bytes()
         if content.startswith(b"PAR1"):  # as all Parquet files do
@@ -120,7 +113,7 @@ def load_items(path=DATA, limit=None, style="completion", enc=None):
     items = []
     for i in range(n):
         number = i * len(lines) // n
-        what = f"{path}, line {number + 1} is not an item"
+        what = f"{path}, line {number + 1} is not an example"
         with as_user_error(what, "correct or delete the line"):
             line = lines[number]
             record = line if isinstance(line, dict) else json.loads(line)
@@ -140,23 +133,20 @@ def items_or_none(path, block_size, enc=None):
                 fit(item, block_size)  # raises UserError now rather than in an evaluation
             result = [items]
         except UserError as error:
-            say(f"warning: HellaSwag is off: {error}")
+            print(f"warning: HellaSwag is off: {error}", flush=True)
     if dist.is_initialized():
         dist.broadcast_object_list(result)
     return result[0]
 
 
 def download():
-    """Download the official file to DATA, and delete it if it is not the one with SHA256."""
+    """Download the official file to DATA."""
     remedy = f"download {FILE} of the dataset {REPO} on huggingface.co and put it at {DATA}"
     with as_user_error(f"{DATA} is missing and cannot be downloaded", remedy):
         from huggingface_hub import hf_hub_download, utils
 
         utils.disable_progress_bars()
         hf_hub_download(REPO, FILE, repo_type="dataset", revision=REVISION, local_dir="hellaswag")
-        if hashlib.sha256(Path(DATA).read_bytes()).hexdigest() != SHA256:
-            Path(DATA).unlink()
-            raise ValueError("the server sent a file with a different SHA-256")
 
 
 def clean(text, style):
@@ -169,10 +159,9 @@ def clean(text, style):
     return text
 
 
-def encode(number, record, style, enc=None):
+def encode(number, record, style, enc):
     """The Item of record `number` of a file, tokenized as the table at the top of this file says. A
-    malformed record raises some exception, of which the caller makes a UserError. (token_ids adds
-    no <|endoftext|>.)"""
+    malformed record raises some exception, of which the caller makes a UserError."""
     context = record["ctx"]
     endings = [clean(ending, style) for ending in record["endings"]]
     label = int(record["label"])  # a string in the hub's file
@@ -181,18 +170,15 @@ def encode(number, record, style, enc=None):
     if not all(text.strip() for text in [context, *endings]):
         raise ValueError("ctx or an ending is empty")
     if style == "completion":
-        context_ids = token_ids(context, enc).tolist()
-        ending_ids = [token_ids(" " + ending, enc).tolist() for ending in endings]
+        context_ids = enc.encode(context).tolist()
+        ending_ids = [enc.encode(" " + ending).tolist() for ending in endings]
         lengths = [len(ids) for ids in ending_ids]
     else:
-        if "ctx_a" in record and "ctx_b" in record:
-            context = record["ctx_a"] + " " + record["ctx_b"].capitalize()
-        else:
-            warnings.warn("without ctx_a and ctx_b, scores differ slightly from the harness's own")
+        context = record["ctx_a"] + " " + record["ctx_b"].capitalize()
         context = clean(record["activity_label"] + ": " + context, style)
         # GPT-2's tokens begin with spaces, so a space after the context belongs to the ending.
-        context_ids = token_ids(context.rstrip(), enc).tolist()
-        whole_ids = [token_ids(context + " " + ending, enc).tolist() for ending in endings]
+        context_ids = enc.encode(context.rstrip()).tolist()
+        whole_ids = [enc.encode(context + " " + ending).tolist() for ending in endings]
         ending_ids = [ids[len(context_ids) :] for ids in whole_ids]
         lengths = [len(ending) for ending in endings]
     if not all([context_ids, *ending_ids]):
@@ -208,8 +194,8 @@ def fit(item, block_size):
     block_size tokens. UserError if an ending alone is too long."""
     longest = max(len(ending) for ending in item.endings)
     if longest > block_size:
-        what = f"item {item.index} has an ending of {longest} tokens"
-        raise UserError(f"{what}, but the model's context has {block_size}; remove the item")
+        what = f"example {item.index} has an ending of {longest} tokens"
+        raise UserError(f"{what}, but the model's context has {block_size}; remove the example")
     room = block_size + 1 - longest  # the last token of an ending is not read
     return replace(item, context=item.context[-room:])
 
@@ -336,8 +322,7 @@ def token_losses(model, grid, scored):
 
 @torch.no_grad()
 def score(model, items, device, token_budget=None, progress=False):
-    """The summed loss of each ending in nats, (len(items), 4) float64 on the CPU. If a loss is not
-    finite, scoring stops, and the remaining sums are 0.
+    """The summed loss of each ending in nats, (len(items), 4) float64 on the CPU.
 
     model: train_gpt2.py's GPT or transformers' GPT2LMHeadModel, on `device`. It is in eval mode
     during the call. The caller's autocast applies, and no random numbers are used.
@@ -347,8 +332,7 @@ def score(model, items, device, token_budget=None, progress=False):
     block_size = model.transformer.wpe.num_embeddings
     items = [fit(item, block_size) for item in items]
     table = torch.zeros(len(items), 4, dtype=torch.float64)
-    bar = Progress("item", total=len(items)) if progress else None
-    n_correct = 0
+    bar = tqdm(total=len(items), unit="example", disable=not progress)
     was_training = model.training
     model.eval()
     for numbers in batches(items, token_budget):
@@ -358,14 +342,8 @@ def score(model, items, device, token_budget=None, progress=False):
         token_counts = [len(ending) for item in batch for ending in item.endings]
         sums = torch.stack([part.sum() for part in losses.split(token_counts)])
         table[numbers] = sums.view(-1, 4)
-        if not sums.isfinite().all():
-            break
-        if bar:
-            answers = picks(batch, table[numbers])[1].tolist()
-            n_correct += sum(answer == item.label for answer, item in zip(answers, batch))
-            bar.update(len(batch), acc_norm=f"{n_correct / (bar.done + len(batch)):.4f}")
-    if bar:
-        bar.close()
+        bar.update(len(batch))
+    bar.close()
     model.train(was_training)
     return table
 
@@ -382,7 +360,6 @@ class Result:
     acc: float
     acc_norm: float
     n: int  # number of items
-    truncated: int  # number of items whose context was too long and lost its beginning
     losses: torch.Tensor  # (n, 4) float64, summed losses in nats, in the order of the items
 
     def __str__(self):
@@ -394,8 +371,6 @@ def evaluate(model, items, device, rank=0, world_size=1, token_budget=None, prog
     """Score all items. All processes call this with the same items; each scores every
     world_size-th item, and all return the same Result. The other arguments are those of `score`.
     Raises UserError, in all processes alike, if a loss is not finite."""
-    block_size = model.transformer.wpe.num_embeddings
-    truncated = sum(fit(item, block_size).context != item.context for item in items)
     share = score(model, items[rank::world_size], device, token_budget, progress and rank == 0)
     shares = [share]
     if world_size > 1:
@@ -406,42 +381,26 @@ def evaluate(model, items, device, rank=0, world_size=1, token_budget=None, prog
         losses[i::world_size] = share
     for item, values in zip(items, losses.tolist()):
         if not all(math.isfinite(value) for value in values):
-            what = f"HellaSwag item {item.index}: its losses are {values}"
+            what = f"HellaSwag example {item.index}: its losses are {values}"
             raise UserError(f"{what}; check the model's weights, and --dtype")
     labels = torch.tensor([item.label for item in items])
     acc, acc_norm = [(pick == labels).double().mean().item() for pick in picks(items, losses)]
-    return Result(acc, acc_norm, len(items), truncated, losses)
+    return Result(acc, acc_norm, len(items), losses)
 
 
-# One line per item: write, read, compare -------------------------------------------------------
+# One line per item: write, compare -------------------------------------------------------------
 
 
-def partial_path(path):
-    """Where to write a file that is renamed to `path` when it is complete. Raises UserError if no
-    file can be written there."""
-    with as_user_error(f"{path} cannot be written", "choose another --json"):
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")
-        partial = Path(f"{path.resolve()}.partial")  # if path is a link, next to its target
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        partial.unlink()
-        return partial
-
-
-def save_records(path, items, losses):
-    """Write one JSON object per item: index, label, losses (four, in nats), lengths (four), pick
-    and pick_norm, which are the model's answers. The file appears when it is complete."""
+def save_records(path, items, losses, style):
+    """Write one JSON object per item: index, label, style, losses (four, in nats), lengths (four),
+    pick and pick_norm, which are the model's answers."""
     lines = []
     answers = [pick.tolist() for pick in picks(items, losses)]
     for item, summed, pick, pick_norm in zip(items, losses.tolist(), *answers):
-        record = {"index": item.index, "label": item.label, "losses": summed}
+        record = {"index": item.index, "label": item.label, "style": style, "losses": summed}
         record |= {"lengths": item.lengths, "pick": pick, "pick_norm": pick_norm}
         lines.append(json.dumps(record) + "\n")
-    partial = partial_path(path)
-    with as_user_error(f"{path} cannot be written", "choose another --json"):
-        partial.write_text("".join(lines))
-        os.replace(partial, path.resolve())
+    write_atomically(path, lambda file: file.write("".join(lines).encode()))
 
 
 def compare(a, b):
@@ -450,27 +409,32 @@ def compare(a, b):
     because the same items are hard for both models."""
     keys = []
     right = []
+    styles = []
     for path in (a, b):
         with as_user_error(f"{path} is not a file that --json wrote", "choose another file"):
             records = [json.loads(line) for line in Path(path).read_text().splitlines()]
-            for record in records:
-                if not all(map(math.isfinite, record["losses"])):
-                    raise ValueError(f"item {record['index']} has losses that are not finite")
             keys.append([(record["index"], record["label"]) for record in records])
-            answers = [record["pick_norm"] == record["label"] for record in records]
-            right.append(torch.tensor(answers).double())
-    if keys[0] != keys[1] or not keys[0]:
-        raise UserError(f"{a} and {b} do not hold the same items; use the same --data and --limit")
-    difference = right[1] - right[0]  # -1, 0 or 1 for each item
-    mean = difference.mean()
-    margin = 1.96 * difference.std(correction=0) / math.sqrt(len(difference))
+            right.append([record["pick_norm"] == record["label"] for record in records])
+            styles.append(records[0].get("style", "unknown"))  # old files do not hold it
+    if keys[0] != keys[1]:
+        what = f"{a} and {b} do not hold the same examples"
+        raise UserError(f"{what}; use the same --data and --limit")
+    if styles[0] != styles[1] and "unknown" not in styles:
+        what = f"{a} has style {styles[0]}, and {b} has style {styles[1]}"
+        raise UserError(f"{what}; score both models in the same --style")
+    n = len(keys[0])
+    only_a = sum(in_a and not in_b for in_a, in_b in zip(*right))
+    only_b = sum(in_b and not in_a for in_a, in_b in zip(*right))
+    mean = (only_b - only_a) / n  # of differences that are -1, 0 or 1
+    variance = (only_a + only_b) / n - mean**2
+    margin = 1.96 * math.sqrt(variance / n)
     interval = f"95% interval {mean - margin:+.4f} to {mean + margin:+.4f}"
-    only_a = (difference == -1).sum()
-    only_b = (difference == 1).sum()
+    note = "warning: a file of unknown style must have the style of the other one\n"
     return (
-        f"A {a} acc_norm: {right[0].mean():.4f}\n"
-        f"B {b} acc_norm: {right[1].mean():.4f}\n"
-        f"{len(difference)} items: only A is right on {only_a}, only B on {only_b}\n"
+        f"{note if 'unknown' in styles else ''}"
+        f"A {a} acc_norm: {sum(right[0]) / n:.4f} (style {styles[0]})\n"
+        f"B {b} acc_norm: {sum(right[1]) / n:.4f} (style {styles[1]})\n"
+        f"{n} examples: only A is right on {only_a}, only B on {only_b}\n"
         f"B - A: {mean:+.4f}, {interval} (paired, normal approximation)"
     )
 
@@ -480,83 +444,24 @@ def compare(a, b):
 
 def load_gpt2(name):
     """transformers' GPT2LMHeadModel in float32, with OpenAI's weights or those of a directory.
-    Raises UserError if there is no GPT-2, or if its weights do not fit its config.json."""
-    from transformers import GPT2Config, GPT2LMHeadModel  # importing transformers takes a second
+    UserError if there is no GPT-2, or if its weights do not fit its config.json."""
+    from transformers import GPT2LMHeadModel  # importing transformers takes a second
     from transformers.utils import logging
 
-    check_name(name)
+    if not Path(name).is_dir() and name.removeprefix("openai-community/") not in OPENAI:
+        raise UserError(f"{name}: no such directory; give one that exists, or {', '.join(OPENAI)}")
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # the problems that it would warn of are errors here
-    with as_user_error(f"{name} cannot be loaded", "check its files, or the network"):
-        settings, _ = GPT2Config.get_config_dict(name)
-        model_type = settings.get("model_type") or "gpt2"
-        if model_type != "gpt2":
-            raise UserError(f"{name} is a {model_type}, not a GPT-2; give the directory of a GPT-2")
-        if settings.get("add_cross_attention"):
-            raise UserError(f"{name} is a GPT-2 with cross-attention; give one without it")
-        config = GPT2Config.from_dict(settings)
-        check_memory(model_bytes(config.n_layer, config.n_embd, config.vocab_size), name)
-        model, info = GPT2LMHeadModel.from_pretrained(  # check_weights reports mismatched sizes
-            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+    with as_user_error(f"{name} cannot be loaded", "check the network, or give a checkpoint"):
+        model, info = GPT2LMHeadModel.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    check_weights(name, info)
-    model.tokenizer = read_tokenizer(name)
-    return model.float()
-
-
-def model_bytes(n_layer, n_embd, vocab_size):
-    """Memory of a GPT-2: its weights in float32, and about 20 kB of Python objects per layer."""
-    return 4 * (12 * n_layer * n_embd**2 + vocab_size * n_embd) + 20_000 * n_layer
-
-
-def check_name(name):
-    """Raise UserError if this is neither OpenAI's model nor a directory that can hold one."""
-    folder = Path(name)
-    known = str(name).removeprefix("openai-community/") in OPENAI
-    if folder.is_file():
-        what = f"{name} is a file, not a directory"
-        raise UserError(f"{what}; give the checkpoint that it belongs to, {folder.parent}")
-    if not str(name).strip():
-        raise UserError("the name of the model is empty; give a directory, or gpt2")
-    if not folder.is_dir() and not known:
-        names = ", ".join(OPENAI)
-        raise UserError(f"{name}: no such directory; give one that exists, or {names}")
-    if (folder / "config.json").exists():
-        return
-    if (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder} is an adapter, not a model; merge it and save it first")
-    steps = [path for path in folder.glob("step_*") if path.name[5:].isdecimal()]
-    if steps:
-        newest = max(steps, key=lambda path: int(path.name[5:]))
-        raise UserError(f"{folder} is a run, not a checkpoint; give its newest one, {newest}")
-    if folder.is_dir():
-        raise UserError(f"{folder} has no config.json; give the directory of a GPT-2")
-
-
-def check_weights(name, info):
-    """Raise UserError if tensors are missing, unknown or of another shape. info: the lists of them
-    that from_pretrained returns."""
-    names = {
-        "missing": info["missing_keys"],
-        "unknown": info["unexpected_keys"],
-        "of another shape": [found[0] for found in info["mismatched_keys"]],
-    }
-    for problem, found in names.items():
-        # Old files also hold masks, under these names.
-        found = sorted(x for x in found if not x.endswith((".attn.bias", ".attn.masked_bias")))
-        if found:
-            some = ", ".join(found[:2]) + (", ..." if len(found) > 2 else "")
-            what = f"{name}: its weights do not fit its config.json"
-            raise UserError(f"{what}: {len(found)} tensors are {problem} ({some}); check its files")
-
-
-def check_memory(needed, what):
-    """Raise UserError if this machine's memory is smaller than `needed` bytes."""
-    with suppress(AttributeError, ValueError, OSError):  # not all systems know it
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if 0 < memory < needed:
-            sizes = f"{needed / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f}"
-            raise UserError(f"{what}: weights of {sizes}; choose a smaller model")
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    wrong = [str(key) for key in wrong if not str(key).endswith("masked_bias")]  # in old files
+    if wrong:
+        what = f"{name}: {len(wrong)} tensors are missing, unknown or of another shape"
+        raise UserError(f"{what}, such as {min(wrong)}; give the directory of a GPT-2")
+    return model
 
 
 # Command line ---------------------------------------------------------------------------------
@@ -564,68 +469,49 @@ def check_memory(needed, what):
 
 @dataclass(frozen=True)
 class Config:
+    """The flags. One that has no effect, such as --model beside --compare, is ignored."""
+
     model: str = "gpt2"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a directory: log/step_19073
     data: Path = Path(DATA)  # JSON lines or Parquet; the default is downloaded if it is missing
-    limit: int | None = None  # score only this many items, evenly spaced over the file
+    limit: int | None = None  # score only this many examples, evenly spaced over the file
     style: Literal["completion", "harness"] = "completion"  # see the table above
-    json: Path | None = None  # write one line per item to this file
+    json: Path | None = None  # write one line per example to this file
     compare: tuple[Path, Path] | None = None  # compare two such files, A and B; loads no model
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the model's matrix products
 
-    __post_init__ = expand_home
-
-
-CANNOT_PRINT = "the result cannot be printed", "check the terminal or the disk, or use --json"
-
 
 def run(config):
     """Score a model and print the result."""
-    name = config.device
-    if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with as_user_error(f"--device {name} cannot be used", "choose --device auto"):
-        torch.zeros(1, device=name)
-    device = torch.device(name)
-    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # a container's share
+    if config.json and config.json.is_dir():
+        raise UserError(f"--json {config.json} is a directory; name a file")
+    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.device(auto if config.device == "auto" else config.device)
     dtype = getattr(torch, config.dtype)
-    if config.json:
-        partial_path(config.json)  # refuses an impossible path before the work begins
     model = load_gpt2(config.model).to(device)
-    enc = tokenizer_of(model)
-    if enc is None:
-        raise UserError(f"{config.model}: {why_no_tokenizer(model)}")
+    enc = load_tokenizer(config.model) or gpt2_tokenizer()
+    if enc.n_vocab > model.config.vocab_size:
+        what = f"{config.model} has {model.config.vocab_size} rows, too few for its tokenizer"
+        raise UserError(f"{what}; put the right tokenizer.json beside the weights")
     items = load_items(config.data, config.limit, config.style, enc)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         result = evaluate(model, items, device, progress=True)
-    try:
-        if config.json:
-            save_records(config.json, items, result.losses)
-    finally:  # if the file cannot be written, the screen still shows the result
-        if result.truncated:
-            say(f"{result.truncated} items were too long and lost the beginning of their context")
-        # Without the file, the screen is the only place that the result goes to.
-        with never_fatal() if config.json else as_user_error(*CANNOT_PRINT):
-            print(
-                f"{config.model}, style {config.style}, {dtype} on {device}:\n{result}", flush=True
-            )
+    print(f"{config.model}, style {config.style}, {dtype} on {device}:\n{result}", flush=True)
+    if config.json:
+        save_records(config.json, items, result.losses, config.style)
 
 
 def main(argv=None):
-    prepare_streams()
-    config = read_flags(Config, args=argv, description=__doc__)
+    sys.stdout.reconfigure(errors="replace")  # some consoles cannot show all characters
+    config = tyro.cli(Config, args=argv, description=__doc__)
     try:
         if config.compare:
-            text = compare(*config.compare)
-            with as_user_error(*CANNOT_PRINT):
-                print(text, flush=True)
+            print(compare(*config.compare))
         else:
             run(config)
     except UserError as error:
-        say(f"hellaswag.py: {error}", "stderr")
+        print(f"hellaswag.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

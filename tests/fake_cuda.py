@@ -95,9 +95,9 @@ def masks_keep_away_from_cudnn(model):
     assert attended == [(True, False)] * layers + [(False, True)] * 2 * layers, attended
 
 
-def micro_batch(model, gigabytes, seq_len):
-    """What `--micro_batch_size auto` takes on a GPU of that size, from the memory that its own
-    passes take here."""
+def micro_batch(model, gigabytes, seq_len, sequences):
+    """What `--micro_batch_size auto` takes for a batch of so many sequences on a GPU of that size.
+    The memory is that of its own passes here."""
     with Memory() as memory:
         torch.cuda.reset_peak_memory_stats = lambda device: setattr(memory, "most", memory.now)
         torch.cuda.memory_allocated = lambda device: memory.now
@@ -106,9 +106,8 @@ def micro_batch(model, gigabytes, seq_len):
         free = int(gigabytes * 1e9) - weights - 500_000_000  # and CUDA's own
         torch.cuda.mem_get_info = lambda device: (free, None)
         torch.cuda.empty_cache = lambda: None
-        torch.cuda.get_device_name = lambda device: "pretended GPU"
-        autocast = torch.autocast("cuda", torch.bfloat16)
-        return T.pick_micro_batch_size(T.Args(seq_len=seq_len), model, 1, autocast)
+        args = T.Args(seq_len=seq_len, total_batch_size=sequences * seq_len)
+        return T.pick_micro_batch_size(args, model, 1, torch.autocast("cuda", torch.bfloat16), None)
 
 
 F.scaled_dot_product_attention = flash
@@ -117,9 +116,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
         small, gpt2 = (T.GPT(T.GPTConfig(vocab_size=50304, n_layer=n)) for n in (2, 12))
     a_step_waits_once(small)
     masks_keep_away_from_cudnn(small)
-    tensor = torch.tensor
-    torch.tensor = lambda value, device: value  # the number of sequences must be a real one
-    for seq_len in (1024, 256):
-        sizes = {size: micro_batch(gpt2, size, seq_len) for size in (16, 24, 40, 80, 141)}
-        print(sizes, flush=True)
+    for seq_len, sequences in ((1024, 512), (256, 240)):
+        found = {size: micro_batch(gpt2, size, seq_len, sequences) for size in (16, 24, 48, 80)}
+        print(found, flush=True)
 os._exit(0)  # a CUDA build aborts in a normal exit, because it has no real device to release

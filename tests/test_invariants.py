@@ -43,47 +43,40 @@ from conftest import (
     run,
     run_here,
     start,
-    survived,
     train,
     wait_for,
     write_shards,
 )
+from test_network import as_openai, change_file, random_hugging_face
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hellaswag
 import train_gpt2
-from fineweb import VOCAB_SIZE
-from train_gpt2 import (
-    GPT,
-    Args,
-    DataLoaderLite,
-    GPTConfig,
-    evaluate,
-    find_checkpoints,
-    prefetch,
-    save_hugging_face,
-    training_step,
-    transpose_conv1d,
-)
+from fineweb import VOCAB_SIZE, gpt2_tokenizer, load_tokenizer
+from train_gpt2 import GPT, Args, DataLoaderLite, GPTConfig, find_checkpoints, newest_checkpoint
+from train_gpt2 import training_step, transpose_conv1d
 
 OFF = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
 
-EXAMPLES = [
-    hellaswag.Item(i, 0, [5] * (3 + i), [[7] * n for n in (1, 4, 2, 9)], [1] * 4) for i in range(9)
-]
+def run_with(processes, *args):
+    """A run, in this process if it needs no other."""
+    run_here(*args) if processes == 1 else run("train_gpt2.py", *args, processes=processes)
 
 
 # 1
 
 
-def global_batch(args, step, B, world_size=1):
+def global_batch(args, step, B, world_size):
     """The sequences of a whole batch in their order, collected from all ranks: (n, T + 1)."""
     ranks = range(world_size)
     loaders = [DataLoaderLite(args, "train", B, rank, world_size) for rank in ranks]
-    micro_steps = zip(*(prefetch(loader)(step) for loader in loaders))
-    parts = [torch.cat([x, y[:, -1:]], 1) for parts in micro_steps for x, y in parts]
-    return torch.cat(parts)
+    sequences = []
+    for parts in zip(*(train_gpt2.prefetch(loader)(step) for loader in loaders)):
+        for x, y in parts:
+            assert x.shape == (B, args.seq_len) and torch.equal(x[:, 1:], y[:, :-1])
+            sequences.append(torch.cat([x, y[:, -1:]], dim=1))
+    return torch.cat(sequences)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -116,9 +109,9 @@ def test_2_the_printed_loss_is_the_mean_over_the_global_batch(base, base_of_two)
     GPT-2 with the weights that the seed gives."""
     shards, out, _ = base
     torch.manual_seed(1337)
-    ours = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
-    shape = dict(n_positions=64, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
-    theirs = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    shape = dict(vocab_size=257, n_layer=2, n_head=2, n_embd=32)
+    ours = GPT(GPTConfig(block_size=64, **shape))
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=64, **shape)).eval()
     state = {name: transpose_conv1d(name, t) for name, t in ours.state_dict().items()}
     theirs.load_state_dict(state)
     tokens = np.concatenate([np.load(path) for path in sorted(shards.glob("*train*"))])
@@ -136,16 +129,14 @@ def test_2_the_printed_loss_is_the_mean_over_the_global_batch(base, base_of_two)
 # 3
 
 
-@pytest.mark.parametrize("batch, processes", [(2, 1), (8, 1), (2, 2), (4, 2)])
-def test_3_accumulation_and_processes_and_one_big_batch_agree(
-    base, request, tmp_path, batch, processes
-):
+@pytest.mark.parametrize("how", ["micro-batches of 2", "one large batch", "two processes"])
+def test_3_accumulation_and_processes_and_one_large_batch_agree(base, request, tmp_path, how):
     shards, base_out, _ = base
-    if (batch, processes) == (4, 2):
+    if how == "two processes":
         out = request.getfixturevalue("base_of_two")
     else:
         out = tmp_path / "out"
-        train(shards, out, batch=batch, processes=processes)
+        train(shards, out, batch=2 if how == "micro-batches of 2" else 8)
     ours, theirs = log_of(out), log_of(base_out)
     for stream in ("train", "norm", "val"):
         assert ours[stream] == pytest.approx(theirs[stream], abs=1e-4), stream
@@ -155,12 +146,25 @@ def test_3_accumulation_and_processes_and_one_big_batch_agree(
 
 
 def test_4_evaluation_does_not_affect_training(base, tmp_path):
-    """A run that validates, samples and saves in every step has the losses of one that does not."""
+    """A run that validates, scores HellaSwag, samples and saves in each step has the losses of one
+    that does not."""
     shards, out, _ = base
-    often = "--val_every 1 --sample_every 1 --sample_tokens 3 --save_every 1 --prompt".split()
-    train(shards, tmp_path / "out", *often, "")
+    often = "--val_every 1 --hellaswag_every 1 --sample_every 1 --save_every 1".split()
+    often += ["--hellaswag_data", shards / "examples.jsonl", "--sample_tokens", 3]
+    done = train(shards, tmp_path / "out", *often)
+    ours = log_of(tmp_path / "out")
     for stream in ("train", "norm", "lr"):
-        assert log_of(tmp_path / "out")[stream] == log_of(out)[stream]
+        assert ours[stream] == log_of(out)[stream]
+    assert len(ours["hella"]) == 9 and done.stdout.count("> Hello, I'm a") == 9 * 4
+
+
+def test_4_two_processes_score_hellaswag_as_one_does(base, base_of_two):
+    items = hellaswag.load_items(base[0] / "examples.jsonl", enc=load_tokenizer(base[0]))
+    scores = log_of(base_of_two)["hella"]
+    for step, path in find_checkpoints(base_of_two):
+        alone = hellaswag.evaluate(GPT.from_pretrained(path), items, torch.device("cpu"))
+        assert scores.pop(step) == pytest.approx(alone.acc_norm)
+    assert list(scores) == [0]
 
 
 def test_4_validation_covers_the_same_tokens_for_any_micro_batch(tmp_path, tiny):
@@ -172,7 +176,7 @@ def test_4_validation_covers_the_same_tokens_for_any_micro_batch(tmp_path, tiny)
     with torch.no_grad():
         losses = [F.cross_entropy(tiny(row[None, :-1])[0], row[1:]).item() for row in rows]
     args = Args(data_dir=str(folder), seq_len=32)
-    for B in (1, 2, 5, 13, 16):
+    for B in (1, 5, 13, 16):
         sizes = []
 
         def compiled(x, y):
@@ -182,50 +186,9 @@ def test_4_validation_covers_the_same_tokens_for_any_micro_batch(tmp_path, tiny)
         loader = DataLoaderLite(args, "val", B)
         for val_tokens, n in ((13 * 32 + 5, 13), (10**9, 21)):
             sizes.clear()
-            loss = evaluate(compiled, tiny, loader, val_tokens, OFF)
+            loss = train_gpt2.evaluate(compiled, tiny, loader, val_tokens, OFF)
             assert loss == pytest.approx(np.mean(losses[:n]), abs=1e-5)
             assert sizes == [B] * (n // B)
-
-
-def test_4_evaluations_use_the_precision_of_training_and_record_no_graph(
-    shards, tmp_path, monkeypatch
-):
-    """Everything runs under autocast: validation, HellaSwag, samples and the check of the weights
-    before they are saved. Only training needs gradients."""
-    modes, found = ["nothing"], {}
-
-    def named(mode, function):
-        def call(*args, **flags):
-            modes.append(mode)
-            try:
-                return function(*args, **flags)
-            finally:
-                modes.pop()
-
-        return call
-
-    def forward(mlp, x):
-        dtype = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        found.setdefault(modes[-1], set()).add((dtype, torch.is_grad_enabled()))
-        return real_forward(mlp, x)
-
-    real_forward = train_gpt2.MLP.forward
-    monkeypatch.setattr(train_gpt2.MLP, "forward", forward)
-    for owner, name in (
-        (train_gpt2, "training_step"),
-        (train_gpt2, "evaluate"),
-        (train_gpt2, "print_samples"),
-        (hellaswag, "evaluate"),
-        (train_gpt2.Run, "check_weights"),
-    ):
-        mode = f"{owner.__name__}.{name}"
-        monkeypatch.setattr(owner, name, named(mode, getattr(owner, name)))
-    monkeypatch.setattr(train_gpt2, "load_hellaswag", lambda *args: EXAMPLES)
-    flags = ["--hellaswag_every", 1, "--sample_every", 1, "--sample_tokens", 2, "--max_steps", 1]
-    train(shards, tmp_path / "out", *flags, "--dtype", "bfloat16")
-    names = "train_gpt2.evaluate hellaswag.evaluate train_gpt2.print_samples Run.check_weights"
-    expected = {name: {(torch.bfloat16, False)} for name in names.split()}
-    assert found == expected | {"train_gpt2.training_step": {(torch.bfloat16, True)}}
 
 
 # 5
@@ -235,55 +198,39 @@ def test_4_evaluations_use_the_precision_of_training_and_record_no_graph(
 def test_5_resuming_is_exact(base, request, tmp_path, processes):
     """The folder is as after kill -9 in step 6 of 8: the newest checkpoint is that of step 4, the
     log has records after it and half a line, and another checkpoint was being written."""
-    _, whole, _ = base
-    if processes == 2:
-        whole = request.getfixturevalue("base_of_two")
+    whole = base[1] if processes == 1 else request.getfixturevalue("base_of_two")
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     shutil.rmtree(out / "step_00008")
-    lines = (whole / "log.txt").read_text().splitlines(keepends=True)
-    cut = next(i for i, line in enumerate(lines) if line.startswith("6 lr"))
-    (out / "log.txt").write_text("".join(lines[:cut]) + "6 no")
-    (out / "tmp_step_00008").mkdir()
-    (out / "tmp_step_00008/half_of_a_file").write_text("")
-    if processes == 1:
-        run_here("--resume", "--out_dir", out)
-    else:
-        run("train_gpt2.py", "--resume", "--out_dir", out, processes=2)
+    text = (whole / "log.txt").read_text()
+    (out / "log.txt").write_text(text[: text.index("6 lr")] + "6 no")
+    (out / "tmp_checkpoint").mkdir()
+    (out / "tmp_checkpoint/half_of_a_file").write_text("")
+    run_with(processes, "--resume", "--out_dir", out)
     assert records(out) == records(whole)
-    files, expected = ({p.name for p in (d / "step_00008").iterdir()} for d in (out, whole))
+    files, expected = ({path.name for path in d.rglob("*")} for d in (out, whole))
     assert files == expected
-    for name in ("model.safetensors", "config.json"):
-        assert (out / "step_00008" / name).read_bytes() == (
-            whole / "step_00008" / name
-        ).read_bytes()
-    a, b = (torch.load(d / "step_00008/training_state.pt", weights_only=True) for d in (out, whole))
-    assert a["args"] | dict(out_dir="", resume=False) == b["args"] | dict(out_dir="")
-    for name, tensor in a["model"].items():
-        assert torch.equal(tensor, b["model"][name]), name
-    for i, moments in a["optimizer"]["state"].items():
-        assert all(torch.equal(moments[k], b["optimizer"]["state"][i][k]) for k in moments), i
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        path = f"step_00008/{name}"
+        assert (out / path).read_bytes() == (whole / path).read_bytes()
+    ours, theirs = newest_checkpoint(out), newest_checkpoint(whole)
+    changed = {name for name, value in ours["args"].items() if value != theirs["args"][name]}
+    assert changed == {"out_dir", "resume"} and ours["step"] == theirs["step"] == 8
+    for name, tensor in ours["model"].items():
+        assert torch.equal(tensor, theirs["model"][name]), name
+    for i, means in ours["optimizer"]["state"].items():
+        assert all(torch.equal(means[k], theirs["optimizer"]["state"][i][k]) for k in means), i
 
 
 # 6
 
 
-def random_hugging_face(directory, **changes):
-    """Save and return a random GPT-2 of Hugging Face's, with no tensor at its initial value."""
-    torch.manual_seed(1)
-    shape = dict(n_layer=3, n_head=4, n_embd=64, n_positions=48, vocab_size=50257)
-    dropout = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    model = GPT2LMHeadModel(GPT2Config(**shape | dropout | changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    model.save_pretrained(directory)
-    return model.train()
-
-
-def test_6_weights_match_hugging_face(tmp_path, tiny):
-    theirs = random_hugging_face(tmp_path / "theirs")
-    ours = GPT.from_pretrained(tmp_path / "theirs")
+@pytest.mark.parametrize("form", ["transformers'", "OpenAI's"])
+def test_6_loaded_weights_have_the_logits_loss_and_gradients_of_hugging_face(tmp_path, form):
+    theirs = random_hugging_face(tmp_path)
+    if form == "OpenAI's":
+        change_file(tmp_path, as_openai)
+    ours = GPT.from_pretrained(tmp_path)
     shape = dict(block_size=48, vocab_size=50257, n_layer=3, n_head=4, n_embd=64)
     assert ours.config == GPTConfig(**shape)  # the sizes that they were saved with
     ids = torch.randint(VOCAB_SIZE, (3, 41), generator=torch.Generator().manual_seed(2))
@@ -297,15 +244,22 @@ def test_6_weights_match_hugging_face(tmp_path, tiny):
     assert grads.keys() == reference.keys()
     for name in grads:
         torch.testing.assert_close(grads[name], reference[name], rtol=1e-4, atol=1e-6, msg=name)
-    # what is saved has no padding rows
-    save_hugging_face(tiny, tmp_path / "ours")
-    back, info = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+
+
+def test_6_saved_weights_have_the_same_logits_and_gradients_in_hugging_face(tmp_path, tiny):
+    """All of the directory's tensors are used, and it has no padding rows."""
+    train_gpt2.save_hugging_face(tiny, gpt2_tokenizer(), tmp_path)
+    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
-    with torch.no_grad():
-        logits = back(ids[:, :32]).logits
-        torch.testing.assert_close(
-            tiny(ids[:, :32])[..., :VOCAB_SIZE], logits, rtol=1e-5, atol=1e-5
-        )
+    ids = torch.randint(VOCAB_SIZE, (3, 32), generator=torch.Generator().manual_seed(2))
+    ours, expected = tiny(ids)[..., :VOCAB_SIZE], theirs(ids).logits
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    for logits in (ours, expected):
+        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+    reference = {name: transpose_conv1d(name, p.grad) for name, p in theirs.named_parameters()}
+    for name, p in tiny.named_parameters():
+        grad = p.grad[:VOCAB_SIZE] if "wte" in name else p.grad
+        torch.testing.assert_close(grad, reference[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 # 7
@@ -324,8 +278,10 @@ def plain_sampling(model, prompt, n, temperature, top_k, seed):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("n", [10, 40])  # within the context of 32 tokens, and beyond it
-@pytest.mark.parametrize("temperature, top_k", [(0.8, 50), (1.5, 3), (1.0, 50257)])
+@pytest.mark.parametrize(
+    "n, temperature, top_k",
+    [(10, 0.8, 50), (34, 1.5, 3), (34, 1.0, 50257)],  # 34: more than the context of 32 tokens
+)
 def test_7_sampling_equals_the_plain_loop_and_draws_no_padding(
     tiny, use_cache, n, temperature, top_k
 ):
@@ -345,7 +301,7 @@ def test_7_sampling_equals_the_plain_loop_and_draws_no_padding(
 # 8
 
 
-def test_8_two_graphs_are_made_in_the_first_step_and_none_later(tmp_path, monkeypatch):
+def test_8_two_graphs_are_made_in_the_first_step_and_none_later(shards, tmp_path, monkeypatch):
     """torch.compile's backend only counts here. The run evaluates four times, saves twice, and has
     two micro-steps per step; the last micro-batch of validation has fewer sequences."""
     graphs, made = [], []
@@ -365,20 +321,38 @@ def test_8_two_graphs_are_made_in_the_first_step_and_none_later(tmp_path, monkey
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(train_gpt2, "training_step", step)
-    monkeypatch.setattr(train_gpt2, "catch_stop_signals", lambda: None)
-    monkeypatch.setattr(train_gpt2, "load_hellaswag", lambda *args: EXAMPLES)
     torch.compiler.reset()
-    shape = dict(n_layer=2, n_head=2, n_embd=32, seq_len=32, block_size=64)
-    often = dict(val_every=1, val_tokens=18 * 32, hellaswag_every=1, sample_every=1, save_every=2)
-    rest = dict(total_batch_size=256, micro_batch_size=4, max_steps=3, warmup_steps=1)
-    folders = dict(data_dir=str(write_shards(tmp_path / "shards")), out_dir=str(tmp_path / "out"))
-    machine = dict(device="cpu", dtype="bfloat16", compile=True, sample_tokens=4)
-    train_gpt2.train(Args(**shape, **often, **rest, **folders, **machine))
+    often = "--val_every 1 --val_tokens 576 --hellaswag_every 1 --sample_every 1 --save_every 2"
+    often = [*often.split(), "--hellaswag_data", shards / "examples.jsonl", "--sample_tokens", 4]
+    train(shards, tmp_path / "out", *often, "--max_steps", 3, "--compile", "--dtype", "bfloat16")
     assert made == [2, 2, 2] and len(graphs) == 2
-    assert set(log_of(tmp_path / "out")["hella"]) == {0, 1, 2, 3}
+    assert list(log_of(tmp_path / "out")["hella"]) == [0, 1, 2, 3]
+
+
+@FAULTS
+def test_8_compiled_training_and_validation_agree_with_eager(shards, tmp_path):
+    """With the compiler that users have. 15 validation sequences: the last micro-batch has three
+    instead of four."""
+    args = ["--n_layer", 1, "--sample_every", 4, "--sample_tokens", 8]
+    train(shards, tmp_path / "eager", *args)
+    env = {"TORCH_LOGS": "recompiles"}
+    done = train(shards, tmp_path / "out", *args, "--compile", env=env)
+    ours, theirs = log_of(tmp_path / "out"), log_of(tmp_path / "eager")
+    for stream in ("train", "val"):
+        assert ours[stream] == pytest.approx(theirs[stream], abs=1e-4)
+    # One graph is for validation and one for training; samples are not compiled.
+    assert done.stderr.count("Recompiling function forward") <= 1, done.stderr
+    assert done.stdout.count("> Hello, I'm a language model,") == 3 * 4
 
 
 # 9
+
+
+def multiply_gradient(model, factor):
+    """A hook that multiplies one number of a gradient. Remove it to stop that."""
+    scale = torch.ones(model.config.n_embd)
+    scale[3] = factor
+    return model.transformer.ln_f.bias.register_hook(lambda grad: grad * scale)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -399,8 +373,7 @@ def test_9_a_step_with_a_bad_gradient_is_skipped(tiny, dtype, bad):
         if disturbed:
             state = copy.deepcopy(optimizer.state_dict()["state"])
             before = [p.detach().clone() for p in model.parameters()]
-            ln_f = model.transformer.ln_f.bias
-            hook = ln_f.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), bad))
+            hook = multiply_gradient(model, bad)
             for clip in (1.0, 0):
                 loss, norm = training_step(model, batches, optimizer, scaler, autocast, clip)
                 assert loss.isfinite() and not norm.isfinite()
@@ -413,74 +386,60 @@ def test_9_a_step_with_a_bad_gradient_is_skipped(tiny, dtype, bad):
         weights.append([p.detach() for p in model.parameters()])
     assert not torch.equal(weights[0][0], next(tiny.parameters()))
     # Another scale rounds other bits of float16. The learning rate, 1e-3, limits a step's size.
-    tolerance = 1e-5 if dtype == "float16" else 0
-    assert all((a - b).abs().max() <= tolerance for a, b in zip(*weights))
+    limit = 1e-5 if dtype == "float16" else 0
+    assert all((a - b).abs().max() <= limit for a, b in zip(*weights))
 
 
 def test_9_skipped_steps_are_recorded_and_twenty_end_the_run(base, tmp_path, monkeypatch):
     """From step 5 on every gradient is NaN, except in step 7. Nothing is saved while steps are
     skipped."""
-    shards, _, _ = base
-    plain, step = train_gpt2.training_step, iter(range(1000))
+    original, bad_steps = train_gpt2.training_step, [False] * 5 + [True, True, False] + [True] * 32
 
-    def poisoned(model, batches, optimizer, *args):
-        now = next(step)
-        ln_f = model.transformer.ln_f.bias
-        bad = now >= 5 and now != 7
-        hook = ln_f.register_hook(lambda grad: grad * float("nan") if bad else grad)
+    def poisoned(model, *args):
+        hook = multiply_gradient(model, torch.nan if bad_steps.pop(0) else 1.0)
         try:
-            return plain(model, batches, optimizer, *args)
+            return original(model, *args)
         finally:
             hook.remove()
 
     monkeypatch.setattr(train_gpt2, "training_step", poisoned)
     flags = ["--max_steps", 40, "--save_every", 1, "--keep_checkpoints", 0]
-    done = train(shards, tmp_path / "out", *flags, check=False)
-    saved = [step for step, _ in find_checkpoints(tmp_path / "out")]
-    assert saved == [1, 2, 3, 4, 5, 8]
-    refused(done, "20 steps in a row were skipped, the last one in step 27")
-    assert f"--resume continues from {tmp_path}/out/step_00008" in done.stderr
+    done = train(base[0], tmp_path / "out", *flags, check=False)
+    refused(done, "20 steps in a row were skipped, the last one in step 27; lower --max_lr")
     log = log_of(tmp_path / "out")
     assert log["skip"] == {5: 1, 6: 2} | {8 + i: i + 1 for i in range(20)}
-    assert list(log["train"]) == list(range(28))
-    assert done.stdout.count("step skipped") == 22
-    for _, path in find_checkpoints(tmp_path / "out"):
+    assert list(log["train"]) == list(range(28)) and done.stdout.count("step skipped") == 22
+    found = find_checkpoints(tmp_path / "out")
+    assert [step for step, _ in found] == [1, 2, 3, 4, 5, 8]
+    for _, path in found:
         state = torch.load(path / "training_state.pt", weights_only=True)
-        moments = [m for s in state["optimizer"]["state"].values() for m in s.values()]
-        assert all(t.isfinite().all() for t in (*state["model"].values(), *moments))
+        means = [m for s in state["optimizer"]["state"].values() for m in s.values()]
+        assert all(t.isfinite().all() for t in (*state["model"].values(), *means))
 
 
 # 10
 
+CASES = [("SIGTERM", 1), pytest.param("SIGTERM", 2, marks=FAULTS)]
+CASES += [pytest.param(name, 1, marks=FAULTS) for name in ("SIGINT", "SIGUSR1", "SIGHUP")]
 
-SIGNALS = [("SIGTERM", 1), pytest.param("SIGTERM", 2, marks=FAULTS)]
-SIGNALS += [pytest.param(name, 1, marks=FAULTS) for name in ("SIGINT", "SIGUSR1", "SIGHUP")]
 
-
-@pytest.mark.parametrize("name, processes", SIGNALS)
+@pytest.mark.parametrize("name, processes", CASES)
 def test_10_a_signal_finishes_the_step_and_saves(base, tmp_path, name, processes):
     """The exit status is 128 + the signal; torchrun, which passes the signal on, has its own. Then
-    --resume ends with the log of the undisturbed run."""
-    shards, _, _ = base
-    out, whole, number = tmp_path / "out", tmp_path / "whole", getattr(signal, name)
-    flags = [*TINY_RUN, "--data_dir", shards, "--save_every", 0, "--max_steps", 30]
-    flags += ["--val_every", 3, "--out_dir"]
-    process = start(*flags, out, processes=processes)
-    wait_for(lambda: (out / "log.txt").exists() and len((out / "log.txt").read_text()) > 400)
+    --resume for two more steps ends with the log of an undisturbed run."""
+    out, number = tmp_path / "out", getattr(signal, name)
+    flags = [*TINY_RUN, "--data_dir", base[0], "--save_every", 0, "--min_lr", 1e-2, "--out_dir"]
+    process = start(*flags, out, "--max_steps", 100000, processes=processes)
+    wait_for(lambda: (out / "log.txt").exists() and "\n3 norm" in (out / "log.txt").read_text())
     process.send_signal(number)
     screen, _ = process.communicate(timeout=60)
     assert process.returncode == (128 + number if processes == 1 else 1), screen
     ((step, path),) = find_checkpoints(out)
-    assert 0 < step < 30 and f"step {step}: saved {path}" in screen and "--resume" in screen
-    again = ["--resume", "--out_dir", out]
-    if processes == 1:
-        run_here(*again)
-        run_here(*flags, whole)
-    else:
-        run("train_gpt2.py", *again, processes=2)
-        run("train_gpt2.py", *flags, whole, processes=2)
-    assert records(out) == records(whole)
-    survived(f"{name}, processes: {processes}", 1, "nothing")
+    assert f"step {step}: saved {path}" in screen and "--resume" in screen
+    more = ["--max_steps", step + 2]
+    for arguments in (["--resume", "--out_dir", out], [*flags, tmp_path / "whole"]):
+        run_with(processes, *arguments, *more)
+    assert records(out) == records(tmp_path / "whole")
 
 
 @FAULTS
@@ -508,18 +467,15 @@ def test_10_a_signal_to_one_process_stops_all(base, tmp_path, rank):
 
 
 def test_10_a_second_trainer_in_the_folder_is_refused(base, tmp_path):
-    shards, _, _ = base
-    out = tmp_path / "out"
-    flags = [*TINY_RUN, "--data_dir", shards, "--out_dir", out, "--max_steps", 100000]
-    first = start(*flags)
+    shards, out = base[0], tmp_path / "out"
+    first = start(*TINY_RUN, "--data_dir", shards, "--out_dir", out, "--max_steps", 100000)
     try:
         wait_for(lambda: (out / "log.txt").exists() and (out / "log.txt").stat().st_size)
         before = (out / "log.txt").read_bytes()
-        for more in ([], ["--resume"]):
-            done = train(shards, out, "--seed", 7, *more, check=False)
-            refused(done, "another process is training there" if more else "holds a run")
+        refused(train(shards, out, check=False), "holds a run")
+        refused(train(shards, out, "--resume", check=False), "another process is training there")
         assert (out / "log.txt").read_bytes().startswith(before) and first.poll() is None
     finally:
         first.kill()
         first.communicate()
-    train(shards, out, "--resume", "--max_steps", 1, "--seed", 7)  # the lock is free again
+    train(shards, out, "--resume", "--max_steps", 1)  # the lock is free again
