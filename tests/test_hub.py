@@ -103,5 +103,5 @@ def test_what_cannot_be_downloaded_is_one_sentence(hub, tmp_path):
     sentence = refusal(build(hub, tmp_path, "--name", "sample-10TB"))
     assert REPO in sentence and "sample-10BT" in sentence
     sentence = refusal(run("fineweb.py", "--out", tmp_path / "out", check=False))  # offline
-    assert f"{REPO} is not a local path" in sentence and "path of parquet files" in sentence
+    assert f"{REPO} is not a local path" in sentence and "give a local path" in sentence
     assert not (tmp_path / "out").exists()

@@ -31,7 +31,7 @@ def numbered(folder, *lengths, form="npy", name="numbered_train_{:06d}"):
 @pytest.mark.parametrize("form", ["npy", "bin"])
 def test_the_order_on_disk_runs_across_shards(tmp_path, form):
     """14 sequences of 8 + 1 tokens; a fifteenth would lack its last target."""
-    folder = numbered(tmp_path / "d", 37, 5, 70, 1, form=form)
+    folder = numbered(tmp_path / "d", 37, 5, 70, 8, form=form)
     args = Args(data_dir=str(folder), seq_len=8, total_batch_size=32, shuffle=False)
     loader = DataLoaderLite(args, "train", B=2)
     for step in range(9):

@@ -249,7 +249,7 @@ def test_the_demo_is_made_once_even_by_tasks_of_a_slurm_array(tmp_path, monkeypa
 
     monkeypatch.setattr(fineweb, "build", build_while_another_process_does)
     build_demo(out)
-    assert "all 2 shards are right" in here("--verify", out).stdout
+    assert "all 2 shards are intact" in here("--verify", out).stdout
     documents = BPE.decode(sum(tokens_of(out), [])).split("<|endoftext|>")
     assert sorted(documents) == sorted(["", *topics.values()])
     assert list(out.parent.iterdir()) == [out]
