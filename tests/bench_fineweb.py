@@ -52,9 +52,11 @@ def write_sources(folder, megabytes):
     texts = read_texts()
     size = sum(len(text.encode()) for text in texts)
     texts *= max(1, round(megabytes * 1e6 / size))
-    paths = {"start": folder / "start.txt", "jsonl": folder / "x.jsonl"}
+    paths = {"start": folder / "start", "jsonl": folder / "x.jsonl"}
     paths["parquet"] = folder / "x.parquet"
-    paths["start"].write_text("word")
+    paths["start"].mkdir()
+    for i in range(4):  # so that all workers start
+        (paths["start"] / f"{i}.txt").write_text("word")
     with open(paths["jsonl"], "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     pq.write_table(pa.table({"text": texts}), paths["parquet"], row_group_size=1000)
