@@ -666,7 +666,7 @@ def write_shards(config, manifest, results):
     buffer = np.empty(config.shard_size, np.uint16)
     filled = 0  # tokens in the buffer
     to_skip = manifest["consumed"][2]  # tokens of the first chunk that earlier shards hold already
-    name = f"rank {config.rank} of {config.world_size}"
+    name = f"rank {config.rank} of {config.world_size}" if config.world_size > 1 else "tokenizing"
     with tqdm(desc=name, unit="tok", unit_scale=True) as bar:
         for position, ids, skipped in results:
             used = min(to_skip, len(ids))
