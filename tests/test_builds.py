@@ -1,5 +1,6 @@
 """Builds that are stopped, killed, resumed, or made in parts: whole files, and nothing is mixed."""
 
+import contextlib
 import errno
 import json
 import os
@@ -194,6 +195,18 @@ def test_a_full_disk_leaves_what_was_written_and_the_same_command_continues(tmp_
     assert tokens_of(out) == expected[:3] and not list(out.glob("*.tmp"))
     make(source, out)
     assert tokens_of(out) == expected
+
+
+@pytest.mark.parametrize("number, written", [(errno.EINVAL, True), (errno.ENOSPC, False)])
+def test_a_disk_that_is_full_when_it_is_synced_is_an_error(tmp_path, monkeypatch, number, written):
+    def fsync(fd):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = tmp_path / "file"
+    with pytest.raises(UserError) if not written else contextlib.nullcontext():
+        fineweb.write_atomically(path, lambda file: file.write(b"bytes"))
+    assert path.exists() == written
 
 
 def test_a_complete_build_stays_and_other_settings_are_refused(tmp_path):

@@ -30,6 +30,7 @@ TRAIN = [  # flags, words of the sentence; the folders in braces are made below
         RUN + "--seq_len 8192 --block_size 8192 --total_batch_size 32768 --val_every 0",
         "train shards hold 6000 tokens, too few for --seq_len 8192",
     ),
+    (RUN + "--max_lr 1e-4", "--min_lr 0.001 is above --max_lr 0.0001; lower it, too"),
     (RUN + "--vocab_size 100", "the model embeds 100 tokens, its tokenizer has 257"),
     (NEW + "--data_dir {nowhere}", "nowhere: there are no train shards"),
     (NEW + "--data_dir {nowhere} --epochs 1", "nowhere: there are no train shards"),
@@ -39,6 +40,7 @@ TRAIN = [  # flags, words of the sentence; the folders in braces are made below
     (RUN + "--out_dir {no_log}", "holds a run; add --resume, or choose another --out_dir"),
     (RUN + "--out_dir {file}/out", "file/out cannot be written (Not a directory)"),
     (WEIGHTS + "--n_layer 24", "--n_layer: the weights of --init_from have their own; omit it"),
+    (WEIGHTS + "--model gpt2-xl", "--model: the weights of --init_from have their own; omit it"),
     (WEIGHTS + "--block_size 32", "--block_size: the weights of --init_from have their own"),
     (WEIGHTS + "--seq_len 128", "--seq_len 128: the model's context has 64 tokens"),
     (WEIGHTS + "--init_from {nowhere}", "nowhere: no such directory"),
@@ -78,6 +80,7 @@ HELLASWAG = [
     ("--model {weights} --data {nowhere}", "nowhere cannot be read (No such file or directory)"),
     ("--model {weights} --data {file} --limit 0", "nothing to score"),
     ("--model {weights} --data {file}", "file, line 1 is not an "),
+    ("--model {misfit} --data {file}", "misfit has 257 rows, too few for its tokenizer"),
     ("--compare {file} {file}", "file is not a file that --json wrote"),
 ]
 TABLE = [(train_gpt2.main, *row) for row in TRAIN]

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from conftest import FAULTS, run_here, train
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, TopPLogitsWarper
 
 import train_gpt2
 from fineweb import EOT, VOCAB_SIZE, UserError, gpt2_tokenizer, load_tokenizer
-from train_gpt2 import GPT, SIZES, Args, CausalSelfAttention, GPTConfig, print_samples
+from train_gpt2 import GPT, SIZES, Args, CausalSelfAttention, CPUCrossEntropy, GPTConfig
+from train_gpt2 import print_samples
 
 OFF = torch.autocast("cpu", torch.bfloat16, enabled=False)
 SMALL = dict(block_size=8, n_layer=1, n_head=1, n_embd=8)
@@ -282,6 +284,15 @@ def test_cpu_kernels_change_no_result_under_torch_compile(one_process, medium, w
     torch.compiler.reset()
     network = wrapper(torch.compile(model, dynamic=False))
     assert_same_loss_and_gradients(network, model, autocast, medium, 3e-2)
+
+
+@torch.no_grad()
+def test_an_evaluation_on_a_cpu_computes_no_gradients(tiny):
+    x, targets = torch.randn(2, 16, 32), torch.zeros(2, 16, dtype=torch.int64)
+    weight = tiny.lm_head.weight  # (V, C)
+    with FlopCounterMode(display=False) as counter:
+        CPUCrossEntropy.apply(x, weight, targets)
+    assert counter.get_total_flops() == 2 * 2 * 16 * weight.numel()  # only the logits
 
 
 @pytest.mark.parametrize("rows", [1, 10, 33, 100])  # 10: the last part has fewer rows

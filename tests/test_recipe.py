@@ -70,6 +70,12 @@ def test_epochs_give_the_number_of_steps(base, tmp_path):
     assert "max_steps 12," in changed and "warmup_steps 3," in changed and "seed" not in changed
 
 
+def test_a_warm_up_that_does_not_end_is_warned_about(base, tmp_path):
+    warning = "warning: --warmup_steps is not shorter than the run"
+    assert warning in train(base[0], tmp_path / "out", "--warmup_steps", 8).stdout
+    assert warning not in base[2]
+
+
 def test_dashboards_get_what_the_log_gets(base, tmp_path, monkeypatch):
     """Each start is a run of Weights & Biases, in a group of their folder, and TensorBoard drops
     what will be repeated. What fails is turned off."""
