@@ -197,6 +197,18 @@ def test_a_full_disk_loses_no_older_checkpoint(base, tmp_path, monkeypatch, file
     assert list(dict.fromkeys(records(out))) == records(whole)
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(base, tmp_path, monkeypatch):
+    out, synced = tmp_path / "out", {}
+
+    def sync(path):
+        synced.setdefault(path.name, (out / "step_00008").exists())
+
+    monkeypatch.setattr(train_gpt2, "sync", sync)
+    train(base[0], out, "--save_every", 8)
+    for name in ("training_state.pt", "model.safetensors", "config.json", "tmp_checkpoint"):
+        assert synced[name] is False, name
+
+
 def test_a_file_system_without_locks_is_a_warning(base, tmp_path, monkeypatch):
     def acquire(*args, **options):
         raise OSError("no locks available")
