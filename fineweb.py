@@ -4,7 +4,7 @@
     python fineweb.py --source 'books/*.parquet' --out books   # or arrow, jsonl, txt (.gz, .zst)
     python fineweb.py --source notes.txt --tokenizer char      # ids of characters; or a folder
     python fineweb.py --name default --rank 3 --world_size 16  # a part; a Slurm array sets both
-    python fineweb.py --verify edu_fineweb10B                  # check every shard against its manifest
+    python fineweb.py --verify edu_fineweb10B                  # check every shard in a folder
 
 The shards in --out are `*_val_000000.npy`, then `*_train_000001.npy`, and so on. Each holds
 --shard_size token ids as uint16; the last may hold fewer. manifest.json says how they were made.
