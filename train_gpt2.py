@@ -68,7 +68,7 @@ import hellaswag
 class GPTConfig:
     """The shape of a network. The defaults are GPT-2 (124M)."""
 
-    block_size: int = 1024  # longest context: as many tokens can be read at once
+    block_size: int = 1024  # longest context: the most tokens read at once
     vocab_size: int = fineweb.VOCAB_SIZE  # 50257: 50,000 BPE merges, 256 bytes, <|endoftext|>
     n_tokens: int = fineweb.VOCAB_SIZE  # ids >= n_tokens, if any, only pad the vocabulary
     n_layer: int = 12
@@ -115,7 +115,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, applied to each token separately; only attention mixes tokens."""
+    """Linear, GELU, linear, for each token separately; only attention mixes tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -191,7 +191,7 @@ class GPT(nn.Module):
         targets: (B, T) int64, the token after each token of idx. If they are given, forward returns
         the loss alone, the mean of -ln(probability of the target). If it also returned the logits,
         they would take up gigabytes. Untrained logits are small, so all V tokens are about equally
-        likely: the first loss should be near -ln(1 / V) = ln V = 10.83 for V = 50304. (Really about
+        likely: the first loss should be near -ln(1 / V) = ln V = 10.83 for V = 50304. (More exactly
         10.98: logits of standard deviation s = 0.55 raise ln(sum(exp(logits))) by s**2 / 2.)"""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens > block_size {self.config.block_size}"
@@ -224,8 +224,8 @@ class GPT(nn.Module):
             v = beta2 * v + (1 - beta2) * g**2  # of g**2 over about 1 / (1 - 0.95) = 20 steps
             w = w - lr * m / (sqrt(v) + eps) - lr * weight_decay * w
 
-        (m and v start at 0, which is corrected first.) m / sqrt(v) is about 1 for gradients of any
-        scale, so a step has a size of about lr, or less where successive gradients disagree. The
+        (Both start at 0, which is corrected first.) |m| / sqrt(v) is about 1 for gradients of any
+        scale, so each weight moves by about lr, or less where successive gradients disagree. The
         betas are GPT-3's (appendix B). With PyTorch's default beta2, 0.999, v would average
         over 1000 steps and lag behind growing gradients, so the steps would be too large.
 
@@ -357,7 +357,7 @@ def get_lr(step, args):
     """The learning rate of step number `step` (the first is 0): linear warm-up, then cosine decay
     (GPT-3, appendix B). Warm-up: steps stay small while AdamW's means rest on few, quickly changing
     gradients. Decay: large steps approach a minimum quickly, small ones settle into it. A cosine
-    spends more steps near both ends, large and small, than a straight line."""
+    spends more steps near max_lr and near min_lr than a straight line."""
     if step < args.warmup_steps:
         return args.max_lr * (step + 1) / args.warmup_steps
     progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
@@ -617,7 +617,7 @@ def train(args, checkpoint=None):
         # into a few kernels, so that intermediate results need not go to GPU memory and back. It
         # compiles again for each new shape, so samples and HellaSwag are not compiled.
         model = torch.compile(raw_model, dynamic=False)
-    ddp_model = model  # again the same network; only training needs its averaged gradients
+    ddp_model = model  # the same weights again; only training_step uses it
     if dist.is_initialized():
         # DDP broadcasts rank 0's weights once, here, and in each step averages the gradients of all
         # processes, so that all take the same steps and their weights stay equal.
@@ -645,8 +645,8 @@ def train(args, checkpoint=None):
 
     # step: the number of steps done so far. When it is max_steps, training is done.
     for step in range(first_step, args.max_steps + 1):
-        # Down to the training step, everything but stop_requested(), which all processes call in
-        # each step, is done only now and then, without effect on training. The checkpoint comes
+        # Up to the training step, all is done only now and then and does not affect training,
+        # except stop_requested(), which all processes call in each step. The checkpoint comes
         # first, so that a failure in an evaluation loses nothing.
         save_due = due(args.save_every, step, args.max_steps) or run.save_minutes_passed(step)
         if master_process and save_due:
